@@ -1,0 +1,1 @@
+"""Environments that ship with rlpost; the core finds them through the entry-point group `rlpost.envs`."""

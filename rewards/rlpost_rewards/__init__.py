@@ -1,0 +1,1 @@
+"""Rewards that ship with rlpost; the core finds them through the entry-point group `rlpost.rewards`."""
