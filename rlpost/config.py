@@ -1,0 +1,504 @@
+"""job.toml -> a frozen Job. Unknown keys are refused with a suggestion, every mistake is reported at
+once with its line, and each default carries its reason (`rlpost check --explain` prints them)."""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from rlpost.errors import JobError, UserErrors
+from rlpost.reward import RewardSpec
+
+LATER = {"sft": "the SFT warm start"}  # tables of the design that are not built yet
+
+
+class Table(BaseModel):
+    """One table of the job: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class OpenTable(BaseModel):
+    """A table whose remaining keys are keyword arguments of a plugin."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Gpus(Table):
+    """Whole GPUs for each role."""
+
+    rollout: int = Field(1, ge=1)
+    learner: int = Field(1, ge=1)
+
+
+class Run(Table):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    seed: int = Field(1, description="every random choice of the run derives from it")
+    updates: int = Field(150, ge=1, description="at most; [eval] stops earlier")
+    gpus: Gpus | Literal["colocated", "cpu"] = Field(
+        Gpus(), description='{rollout, learner}, or "colocated" on one card, or "cpu"'
+    )
+    lockstep: bool = Field(
+        False,
+        description="update u uses version max(0, u - staleness) exactly; resumes bit for bit",
+    )
+    checkpoint_every: int = Field(10, ge=1, description="updates between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest kept, besides the best one")
+    keep_samples: int = Field(
+        4, ge=0, description="groups of each update kept readable in rollouts/"
+    )
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="0: a free one, written to metrics.json"
+    )
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _gpus(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) or value in ("colocated", "cpu"):
+            return value
+        raise ValueError('say {rollout = 1, learner = 1}, "colocated" or "cpu"')
+
+
+class Model(Table):
+    path: str = Field(description="hub id or folder; a folder is looked up beside the job first")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="float32 on the CPU, bfloat16 on GPUs (adapters and optimizer stay float32)",
+    )
+    thinking: bool = Field(
+        False, description="always passed to the chat template: sizes differ by default"
+    )
+    max_length: int = Field(
+        4096, ge=16, description="prompt + reply; longer rows are listed, never cut"
+    )
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="vLLM where it is installed and serves the model, else transformers"
+    )
+    license: str | None = Field(
+        None, description="written into the run; read from the model if unset"
+    )
+
+
+class Lora(Table):
+    rank: int = Field(
+        16, ge=1, le=512, description="every linear layer (LoRA Without Regret, Tinker)"
+    )
+    alpha: float = Field(32.0, gt=0, description="scaling alpha / rank = 2")
+
+
+class Data(Table):
+    train: str | None = Field(
+        None, description="JSONL, CSV or Parquet; unset for a generating environment"
+    )
+    heldout: str | None = Field(
+        None, description="only `compare` opens it, and the openings are counted"
+    )
+    validation: float = Field(0.15, gt=0, lt=1, description="share of the rows, never trained on")
+    split_by: str | None = Field(None, description="a column: one value is never on both sides")
+    prompt: str | None = Field(None, description="a template file over the columns, {column}")
+    answer: str | list[str] | None = Field(
+        None, description="the gold: one column, or columns as an object"
+    )
+    answer_schema: str | None = Field(
+        None, alias="schema", description="a JSON schema file for the answer"
+    )
+    tools: str | None = Field(None, description="the column with the tools in OpenAI's form")
+    id: str | None = Field(None, description="the column that names a row; else its line number")
+
+
+class Environment(OpenTable):
+    use: str = Field(
+        "jsonl", description="entry point or module:Class; other keys are its arguments"
+    )
+
+
+class RewardTable(OpenTable):
+    use: str = Field(description="entry point or module:function; other keys are its arguments")
+    name: str | None = Field(
+        None, description="prefix of its parts in metrics; the function's name"
+    )
+    weight: float = Field(1.0, ge=0, description="share in the weighted mean")
+    gate: bool = Field(False, description="nothing counts unless it is 1")
+    range: tuple[float, float] = Field((0.0, 1.0), description="what the function may return")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "RewardTable":
+        if self.range[0] >= self.range[1]:
+            raise ValueError("range must be [low, high] with low < high")
+        return self
+
+
+class Scoring(Table):
+    processes: int = Field(1, ge=1, description="judging processes of each rollout worker")
+    deadline: float = Field(
+        10.0, gt=0, description="seconds for one reply, from the start of its judging"
+    )
+    memory_mb: int = Field(2048, ge=64, description="address space of a judging process")
+    trusted: bool = Field(True, description="false: only inside the sandbox")
+    unscored_limit: float = Field(
+        0.05, gt=0, le=1, description="share of failed judgements that pauses"
+    )
+
+
+class RolloutTable(Table):
+    tasks_per_update: int = Field(32, ge=1, description="P (TRL, AWS, Fireworks)")
+    group_size: int = Field(8, ge=2, description="G; 16 when under 40% of the groups are mixed")
+    staleness: int | None = Field(
+        None, ge=0, le=8, description="S: 1, colocated 0; short replies need no more"
+    )
+    temperature: float = Field(1.0, gt=0, le=2, description="1: the policy itself is sampled")
+    max_reply_tokens: int | None = Field(
+        None, ge=1, description="twice the gold's 99th percentile, or 512 without gold"
+    )
+    refill: bool = Field(
+        False, description="draw more tasks until P groups carry a gradient (at most 4 P an update)"
+    )
+    drop_after: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a straggling group is dropped and its task requeued",
+    )
+    truncated: Literal["lowest", "mask"] = Field(
+        "lowest", description="run-on JSON must cost something; mask only for reasoning jobs"
+    )
+    max_running: int = Field(64, ge=1, description="requests that an engine computes at once")
+    kv_cache_mb: int | None = Field(
+        None, ge=16, description="512 on the CPU; the engine's share on a GPU"
+    )
+
+
+class LearnerTable(Table):
+    method: Literal["lora", "full"] = Field(
+        "lora", description="adapters first; full keeps fp32 masters"
+    )
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="LoRA 5e-5 up to 1B, 4e-5 to 4B, 3e-5 above; full 1e-6 (published: 5e-6 to 1e-4)",
+    )
+    warmup: int = Field(5, ge=0, description="updates of linear warm-up, then constant")
+    clip_norm: float = Field(1.0, gt=0, description="gradient norm (Tinker, prime-rl)")
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = Field(
+        "cispo", description="token mean over the update, ratio capped (ScaleRL, SkyRL, TRL)"
+    )
+    clip_low: float = Field(0.2, ge=0, description="grpo, dr_grpo, dapo, gspo")
+    clip_high: float = Field(0.28, ge=0, description="dapo's clip-higher")
+    ratio_cap: float = Field(3.0, gt=1, description="cispo: the importance weight is capped here")
+    correction: Literal[
+        "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = Field(
+        "none", description="the ratio is learner over engine already; needed with several epochs"
+    )
+    correction_cap: float = Field(3.0, gt=1, description="cap of the correction (TRL)")
+    sequence_guard: float = Field(
+        0.5, gt=0, description="a sequence whose mean |log ratio| exceeds it is dropped and counted"
+    )
+    baseline: Literal["mean", "leave_one_out"] = Field("mean", description="of the group")
+    scale: Literal["batch", "group", "none"] = Field(
+        "batch", description="advantages are divided by the batch's standard deviation (Lite PPO)"
+    )
+    parts: Literal["sum", "decoupled"] = Field(
+        "sum", description="decoupled: each reward is normalised in its group first (GDPO)"
+    )
+    min_spread: float = Field(0.02, ge=0, description="groups that spread less carry no gradient")
+    kl: float = Field(0.0, ge=0, description="coefficient of the KL to the start policy")
+    kl_every: int = Field(10, ge=1, description="updates between measurements of that KL")
+    entropy: float = Field(0.0, ge=0, description="coefficient of an entropy bonus")
+    micro_batch_tokens: int | None = Field(
+        None, ge=64, description="2,048 on the CPU, 16,384 on GPUs"
+    )
+    checkpoint_activations: bool | None = Field(None, description="on GPUs yes, on the CPU no")
+
+
+class Eval(Table):
+    every: int = Field(10, ge=1, description="updates between greedy runs over the validation rows")
+    metric: str = Field(
+        "score", description="score, or one of the reward's metrics such as exact_f1"
+    )
+    patience: int = Field(
+        4, ge=0, description="evaluations without a gain before stopping; 0: never"
+    )
+    rows: int = Field(200, ge=1, description="validation rows used")
+
+
+class HealthTable(Table):
+    on_critical: Literal["warn", "pause"] = Field("pause", description="pause keeps a checkpoint")
+    non_finite_limit: int = Field(
+        3, ge=1, description="skipped updates in a row that pause the run"
+    )
+    proof_limit: int = Field(3, ge=1, description="failed proofs of one version that stop the run")
+
+
+class Job(Table):
+    """A whole job, resolved and checked against itself (not yet against rows, plugins and model)."""
+
+    run: Run
+    model: Model
+    lora: Lora = Lora()
+    data: Data = Data()
+    environment: Environment = Environment()  # type: ignore[call-arg]
+    reward: list[RewardTable] = Field(min_length=1)
+    scoring: Scoring = Scoring()
+    rollout: RolloutTable = RolloutTable()
+    learner: LearnerTable = LearnerTable()
+    eval: Eval = Eval()
+    health: HealthTable = HealthTable()
+
+    _folder: Path = Path(".")
+
+    @property
+    def folder(self) -> Path:
+        """Where the job file lies: paths in it are relative to this."""
+        return self._folder
+
+    def beside(self, path: str) -> Path:
+        """A path of the job, relative to the job's folder."""
+        return (self._folder / path).resolve()
+
+    @property
+    def staleness(self) -> int:
+        """S: what the job says, else 0 colocated and 1 otherwise."""
+        if self.rollout.staleness is not None:
+            return self.rollout.staleness
+        return 0 if self.run.gpus == "colocated" else 1
+
+    @property
+    def dtype(self) -> str:
+        if self.model.dtype != "auto":
+            return self.model.dtype
+        return "float32" if self.run.gpus == "cpu" else "bfloat16"
+
+    @property
+    def rewards(self) -> list[RewardSpec]:
+        """The [[reward]] tables as the scoring pool takes them."""
+        return [
+            RewardSpec(
+                use=table.use,
+                name=table.name or re.split(r"[:.]", table.use.removesuffix(".json"))[-1],
+                weight=table.weight,
+                gate=table.gate,
+                range=table.range,
+                arguments=table.arguments,
+                base_dir=str(self._folder),
+            )
+            for table in self.reward
+        ]
+
+
+def read_job(path: str | Path, *, overrides: Sequence[str] = ()) -> Job:
+    """Reads a job file; `overrides` are `table.key=value` with TOML values (bare words count as text).
+
+    Raises JobError or UserErrors, one line a mistake, naming file, line and cure.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "job.toml"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError(f"{path} is not there", cure="`rlpost init DIR` writes a job file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{path} cannot be read: {error}") from None
+    return parse_job(text, path=path, overrides=overrides)
+
+
+def parse_job(text: str, *, path: Path, overrides: Sequence[str] = ()) -> Job:
+    """Like `read_job`, from the text; `path` names the file in complaints and anchors relative paths."""
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        found = re.search(r"line (\d+)", str(error))
+        line = int(found[1]) if found else None
+        problem = re.sub(r"\s*\(at .*\)$", "", str(error))
+        raise JobError(
+            f"not TOML: {problem}", place=path.name, line=line, cure="mend the line"
+        ) from None
+    lines = _key_lines(text)
+    for override in overrides:
+        _override(values, override)
+    for name, what in LATER.items():
+        if name in values:
+            raise JobError(
+                f"[{name}] ({what}) is not built yet",
+                place=path.name,
+                line=lines.get((name,)),
+                cure=f"leave [{name}] out",
+            )
+    try:
+        job = Job.model_validate(values)
+    except ValidationError as error:
+        raise _as_user_errors(error, path.name, lines) from None
+    object.__setattr__(job, "_folder", path.parent.resolve())
+    _check_together(job, path.name, lines)
+    return job
+
+
+def _check_together(job: Job, place: str, lines: Mapping[tuple[str, ...], int]) -> None:
+    errors: list[Any] = []
+    names = [spec.name for spec in job.rewards]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            line = lines.get(("reward", str(index)))
+            errors.append(
+                JobError(
+                    f"two rewards are named {name}", place=place, line=line, cure="give one a name"
+                )
+            )
+    if all(spec.gate or spec.weight == 0 for spec in job.rewards) and not any(
+        spec.gate for spec in job.rewards
+    ):
+        errors.append(JobError("every reward has weight 0", place=place, cure="give one a weight"))
+    if job.run.lockstep and job.rollout.drop_after is not None:
+        line = lines.get(("rollout", "drop_after"))
+        errors.append(
+            JobError(
+                "lockstep awaits every group",
+                place=place,
+                line=line,
+                cure="leave rollout.drop_after out",
+            )
+        )
+    if job.environment.use == "jsonl" and job.data.train is None:
+        errors.append(
+            JobError(
+                "no rows",
+                place=place,
+                cure='say train = "rows.jsonl" under [data], or name an [environment]',
+            )
+        )
+    if job.rollout.max_reply_tokens and job.rollout.max_reply_tokens >= job.model.max_length:
+        line = lines.get(("rollout", "max_reply_tokens"))
+        errors.append(
+            JobError(
+                f"max_reply_tokens ({job.rollout.max_reply_tokens}) leaves no room for a prompt in"
+                f" model.max_length ({job.model.max_length})",
+                place=place, line=line, cure="lower it",
+            )
+        )  # fmt: skip
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserErrors(errors)
+
+
+def explain(job: Job) -> Iterator[tuple[str, Any, bool, str]]:
+    """Every value of the job as (key, value, written by the user, reason of the default)."""
+    for name in type(job).model_fields:
+        table = getattr(job, name)
+        for index, item in enumerate(table if isinstance(table, list) else [table]):
+            prefix = f"{name}[{index}]" if isinstance(table, list) else name
+            for key, about in type(item).model_fields.items():
+                value = getattr(item, key)
+                value = value.model_dump() if isinstance(value, BaseModel) else value
+                yield (
+                    f"{prefix}.{about.alias or key}",
+                    value,
+                    key in item.model_fields_set,
+                    about.description or "",
+                )
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, raw = text.partition("=")
+    path = key.strip().split(".")
+    if not equals or len(path) < 2:
+        raise JobError(
+            f"--set {text} is not table.key=value", cure="such as --set learner.learning_rate=3e-6"
+        )
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw.strip()
+    target: Any = values
+    for name in path[:-1]:
+        if isinstance(target, list):
+            if not name.isdigit() or int(name) >= len(target):
+                raise JobError(
+                    f"--set {text}: there is no {name} in that list", cure="count from 0"
+                )
+            target = target[int(name)]
+        else:
+            target = target.setdefault(name, {})
+    if not isinstance(target, dict):
+        raise JobError(
+            f"--set {text}: {'.'.join(path[:-1])} is not a table", cure="name a table and a key"
+        )
+    target[path[-1]] = value
+
+
+def _key_lines(text: str) -> dict[tuple[str, ...], int]:
+    """Line numbers of tables and keys: ("rollout", "group_size") -> 14; list tables count from 0."""
+    lines: dict[tuple[str, ...], int] = {}
+    table: tuple[str, ...] = ()
+    counts: dict[str, int] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if found := re.match(r"\s*(\[\[?)\s*([\w.\-\"]+)\s*\]", line):
+            name = found[2].replace('"', "")
+            table = tuple(name.split("."))
+            if found[1] == "[[":
+                table = (*table, str(counts.get(name, 0)))
+                counts[name] = counts.get(name, 0) + 1
+            elif table[0] in counts:  # [reward.fields] belongs to the last [[reward]]
+                table = (table[0], str(counts[table[0]] - 1), *table[1:])
+            lines.setdefault(table, number)
+        elif found := re.match(r"\s*([\w\-.\"]+)\s*=", line):
+            lines.setdefault((*table, *found[1].replace('"', "").split(".")), number)
+    return lines
+
+
+def _as_user_errors(
+    error: ValidationError, place: str, lines: Mapping[tuple[str, ...], int]
+) -> JobError | UserErrors:
+    errors = []
+    for item in error.errors():
+        loc = [str(part) for part in item["loc"] if not str(part).startswith(("literal[", "Gpus"))]
+        loc = _through_aliases(loc)
+        line = next(
+            (lines[tuple(loc[:n])] for n in range(len(loc), 0, -1) if tuple(loc[:n]) in lines), None
+        )
+        key = ".".join(loc)
+        if item["type"] == "extra_forbidden":
+            names = _field_names(loc[:-1])
+            close = difflib.get_close_matches(loc[-1], names, n=1)
+            where = f"[{loc[0]}]" if len(loc) > 1 else "a job"
+            cure = f"did you mean {close[0]}?" if close else f"{where} takes {', '.join(names)}"
+            errors.append(
+                JobError(f"{key} is not a field of {where}", place=place, line=line, cure=cure)
+            )
+        elif item["type"] == "missing":
+            table = f" under [{loc[0]}]" if len(loc) > 1 else ""
+            cure = (
+                f"add {loc[-1]}{table}"
+                if len(loc) > 1
+                else f"add [{'[reward]' if key == 'reward' else key}]"
+            )
+            errors.append(JobError(f"{key} is missing", place=place, line=line, cure=cure))
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            message = message[:1].lower() + message[1:]
+            given = f", not {item['input']!r}" if not isinstance(item["input"], dict | list) else ""
+            errors.append(
+                JobError(f"{key}: {message}{given}", place=place, line=line, cure="change it")
+            )
+    return errors[0] if len(errors) == 1 else UserErrors(list(errors))
+
+
+def _through_aliases(loc: list[str]) -> list[str]:
+    return ["schema" if part == "answer_schema" else part for part in loc]
+
+
+def _field_names(path: Sequence[str]) -> list[str]:
+    model: Any = Job
+    for part in path:
+        if part.isdigit() or not hasattr(model, "model_fields"):
+            continue
+        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        candidates = [annotation, *get_args(annotation)]
+        model = next((c for c in candidates if hasattr(c, "model_fields")), None)
+    return [info.alias or name for name, info in model.model_fields.items()] if model else []
