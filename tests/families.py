@@ -1,9 +1,10 @@
 """Tiny random models of the families that rlpost supports, as ordinary checkpoint folders.
 
-`make(family, folder)` writes config, safetensors, a byte-level BPE tokenizer and a chat template. The
-models are small enough for unit tests and shaped for vLLM: head sizes are 64 (its kernels refuse less for
-linear attention), the hybrid has three Gated DeltaNet layers to one of full attention, Gemma slides over a
-window that is shorter than the test sequences, and Qwen and Gemma tie the head to the embedding.
+`make(family, folder)` writes config, safetensors, a byte-level BPE tokenizer and a chat template.
+The models are small enough for unit tests and shaped for vLLM: head sizes are 64 (its kernels
+refuse less for linear attention), the hybrid has three Gated DeltaNet layers to one of full
+attention, Gemma slides over a window that is shorter than the test sequences, and Qwen and Gemma
+tie the head to the embedding.
 """
 
 from pathlib import Path
@@ -28,8 +29,8 @@ SHAPE = {
     "pad_token_id": 0,
 }
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
     "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
     "{% endif %}"
 )
@@ -70,7 +71,8 @@ def configuration(family: str) -> transformers.PretrainedConfig:
 
 
 def make(family: str, folder: str | Path, *, seed: int = 0) -> Path:
-    """Writes a random fp32 model of `family` with its tokenizer into `folder`, which is returned."""
+    """Writes a random fp32 model of `family` with its tokenizer into `folder`, which is
+    returned."""
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -104,8 +106,8 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
     text = (
         'user assistant system\n{"company": "ACME SDN BHD", "date": "01/02/2018", "address": "12, '
-        'JALAN TUN RAZAK", "total": "12.90"}\nExtract these fields from the receipt as one JSON object '
-        "with the keys company, date, address, total. Copy the text as printed. Answer with JSON only."
+        'JALAN TUN RAZAK", "total": "12.90"}\nExtract these fields from the receipt as one JSON '
+        "object with the keys company, date, address, total. Copy the text as printed."
     )
     bpe.train_from_iterator([text] * 20, trainer)
     return transformers.PreTrainedTokenizerFast(
