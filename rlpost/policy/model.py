@@ -1,0 +1,276 @@
+"""The policy as the learner computes it: a micro-batch in, log-probabilities and entropies out.
+
+Hidden states are kept at the positions that predict a trained token only, and the head runs over
+them in chunks that are computed again in the backward pass: the full [T, V] logits never exist.
+Index t speaks about token t; the shift by one is in `predicted` and nowhere else. Temperature is
+1.
+
+A micro-batch goes through the model in one of two layouts. "packed" is a batch of one with
+position ids that start again at each sequence; "padded" is one row a sequence, padded at the
+right, where a causal model never looks, so that no mask is needed and attention takes its fast
+path. `packing_probe` finds out whether packing leaks between sequences in this model;
+`choose_layout` takes the cheaper of what is right.
+"""
+
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from rlpost.errors import ModelError
+from rlpost.types import MicroBatch
+
+Layout = Literal["packed", "padded"]
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1}  # of packed logprobs
+LOGITS_AT_ONCE = 1 << 24  # elements of a chunk of logits: 64 MB in float32
+PADDING_WASTE = 0.15  # assumed share of padding that is left after sorting by length
+
+
+def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> nn.Module:
+    """The checkpoint in `folder` as a causal language model with sdpa attention and no dropout.
+
+    A vision-language checkpoint is loaded as the class that it names, because an adapter trained
+    on its text class alone does nothing in an engine that serves the whole. Raises ModelError if
+    the folder has no model that transformers knows without running code from it.
+    """
+    import transformers
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ModelError("no config.json", place=str(folder), cure="give a model folder")
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        whole = getattr(config, "text_config", None) is not None
+        kind = (
+            transformers.AutoModelForImageTextToText if whole else transformers.AutoModelForCausalLM
+        )
+        for part in (config, getattr(config, "text_config", None) or config):
+            if hasattr(part, "attention_dropout"):
+                part.attention_dropout = 0.0
+        model = kind.from_pretrained(
+            folder,
+            config=config,
+            dtype=DTYPES[dtype],
+            attn_implementation="sdpa",
+            trust_remote_code=False,
+        )
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"the model does not load: {reason}",
+            place=str(folder),
+            cure="use a causal language model that transformers supports itself",
+        ) from error
+    return model.to(device)
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The module that turns token ids into hidden states, the vision tower left aside."""
+    inner = getattr(model, model.base_model_prefix, model)
+    return getattr(inner, "language_model", inner)
+
+
+def predicted(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens to predict [M], the positions whose hidden state predicts them [M]), flat indices:
+    THE shift by one. A sequence's first token is preceded by nothing and is never predicted."""
+    mask_T = torch.as_tensor(batch.loss_mask).bool().clone()
+    mask_T[torch.as_tensor(batch.starts)[:-1]] = False
+    targets_M = mask_T.nonzero().squeeze(-1)
+    return targets_M, targets_M - 1
+
+
+class PolicyModel:
+    """A causal language model and the layout it is fed in.
+
+    `forward(batch)` gives (logprobs [T], entropy [T]) in float32 (float64 for a float64 model),
+    0.0 where the loss mask is 0. `autocast` runs fp32 master weights in bfloat16.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layout: Layout = "padded",
+        checkpointing: bool = False,
+        autocast: torch.dtype | None = None,
+    ):
+        self.model, self.layout, self.autocast = model, layout, autocast
+        self._backbone = backbone(model)
+        self._head = model.get_output_embeddings()
+        text = model.config.get_text_config()
+        self._softcap = getattr(text, "final_logit_softcapping", None)
+        self._logit_scale = 1.0 / getattr(text, "logits_scaling", 1.0)
+        model.config.use_cache = text.use_cache = False
+        model.train(checkpointing)  # layers recompute in training mode only; dropout is 0
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def forward(self, batch: MicroBatch, *, layout: Layout | None = None) -> tuple[Any, Any]:
+        """(logprobs [T], entropy [T]) of the tokens where the loss mask is 1."""
+        targets_M, sources_M = predicted(batch)
+        token_ids_T = torch.as_tensor(batch.token_ids).to(self.device)
+        with self._precision():
+            hidden_TD = self._hidden(batch, token_ids_T, layout or self.layout)
+            sources_M, targets_M = sources_M.to(self.device), targets_M.to(self.device)
+            logprobs_M, entropy_M = self._score(hidden_TD[sources_M], token_ids_T[targets_M])
+        zeros_T = torch.zeros(token_ids_T.numel(), dtype=logprobs_M.dtype, device=self.device)
+        return (
+            zeros_T.index_put((targets_M,), logprobs_M),
+            zeros_T.index_put((targets_M,), entropy_M),
+        )
+
+    def _hidden(self, batch: MicroBatch, token_ids_T: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Hidden states [T, D] of every token."""
+        if layout == "packed":
+            positions_T = torch.as_tensor(batch.position_ids).to(self.device)
+            return self._run(token_ids_T[None], positions_T[None])[0]
+        lengths = torch.as_tensor(batch.starts).diff()
+        columns = torch.arange(int(lengths.max()))
+        real_NL = (columns[None] < lengths[:, None]).to(self.device)
+        token_ids_NL = token_ids_T.new_zeros(real_NL.shape)
+        token_ids_NL[real_NL] = token_ids_T
+        positions_NL = columns.to(self.device)[None].expand(real_NL.shape)
+        return self._run(token_ids_NL, positions_NL)[real_NL]
+
+    def _run(self, token_ids_NL: torch.Tensor, positions_NL: torch.Tensor) -> torch.Tensor:
+        output = self._backbone(
+            input_ids=token_ids_NL, position_ids=positions_NL, attention_mask=None, use_cache=False
+        )
+        return output.last_hidden_state
+
+    def _score(
+        self, hidden_MD: torch.Tensor, targets_M: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = max(16, LOGITS_AT_ONCE // self._head.out_features)
+        pairs = [
+            checkpoint(self._score_chunk, hidden, targets, use_reentrant=False)
+            if torch.is_grad_enabled()
+            else self._score_chunk(hidden, targets)
+            for hidden, targets in zip(hidden_MD.split(rows), targets_M.split(rows), strict=True)
+        ]
+        logprobs, entropies = zip(*pairs, strict=True)
+        return torch.cat(logprobs), torch.cat(entropies)
+
+    def _score_chunk(
+        self, hidden_CD: torch.Tensor, targets_C: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits_CV = self._head(hidden_CD)
+        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        logits_CV = logits_CV * self._logit_scale if self._logit_scale != 1.0 else logits_CV
+        if self._softcap:
+            logits_CV = torch.tanh(logits_CV / self._softcap) * self._softcap
+        all_CV = torch.log_softmax(logits_CV, dim=-1)
+        logprobs_C = all_CV.gather(-1, targets_C[:, None]).squeeze(-1)
+        with torch.no_grad() if not self.entropy_gradient else nullcontext():
+            entropy_C = -(all_CV.exp() * all_CV).sum(-1)
+        return logprobs_C, entropy_C
+
+    entropy_gradient = False  # only an entropy bonus pays for the second [C, V] product
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+
+@torch.no_grad()
+def packing_probe(policy: PolicyModel) -> tuple[bool, float]:
+    """(may sequences be packed, largest |difference| of a log-probability, packed against one by
+    one).
+
+    The first sequence is long and loud, so that a recurrent state or an attention that leaks
+    reaches the following ones, which are compared from their second token on.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size = policy.model.config.get_text_config().vocab_size
+    sequences = [torch.randint(size, (n,), generator=generator).tolist() for n in (48, 7, 23)]
+    together = policy.forward(lay_out(sequences), layout="packed")[0]
+    alone = [policy.forward(lay_out([ids]), layout="padded")[0] for ids in sequences]
+    worst = float((together - torch.cat(alone)).abs().max())
+    dtype = policy.autocast or policy.model.get_output_embeddings().weight.dtype
+    return worst <= TOLERANCE[dtype], worst
+
+
+def lay_out(sequences: list[list[int]]) -> MicroBatch:
+    """A micro-batch in which every token but the first of each sequence is scored."""
+    lengths = [len(ids) for ids in sequences]
+    flat_T = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
+    zeros_T = torch.zeros(flat_T.numel())
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    mask_T = torch.ones_like(flat_T)
+    mask_T[starts[:-1]] = 0
+    return MicroBatch(
+        token_ids=flat_T,
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        starts=starts,
+        loss_mask=mask_T,
+        advantages=zeros_T,
+        logprobs=zeros_T,
+    )
+
+
+def choose_layout(policy: PolicyModel, *, tokens: int, wish: str = "auto") -> tuple[Layout, str]:
+    """The layout for micro-batches of `tokens` tokens, and why.
+
+    Packed attention (sdpa with a mask) computes all T x T pairs, blocks of zeros included, so
+    packing costs more than padding as soon as attention over the whole micro-batch outweighs the
+    padding saved.
+    """
+    if wish == "padded":
+        return "padded", "asked for"
+    right, worst = packing_probe(policy)
+    if not right:
+        if wish == "packed":
+            raise ModelError(
+                f"packed sequences leak in this model (log-probabilities differ by {worst:.2g})",
+                cure='use layout = "auto"',
+            )
+        return "padded", f"packing leaks between sequences: log-probabilities differ by {worst:.2g}"
+    if wish == "packed":
+        return "packed", f"asked for; the probe agrees to {worst:.1g}"
+    share = _attention_share(policy.model, tokens)
+    if share > PADDING_WASTE:
+        return "padded", (
+            f"packing is exact ({worst:.1g}) but dearer: attention over {tokens} tokens would add "
+            f"{share:.0%} to the matrix products"
+        )
+    return "packed", f"packing is exact ({worst:.1g}) and attention adds {share:.0%} only"
+
+
+def _attention_share(model: nn.Module, tokens: int) -> float:
+    """Attention's operations over one packed row of `tokens`, relative to those of the linears."""
+    text = model.config.get_text_config()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    layers = sum("attention" in kind and kind != "linear_attention" for kind in kinds)
+    linear = 2 * sum(
+        m.weight.numel() for m in backbone(model).modules() if isinstance(m, nn.Linear)
+    )
+    return 4 * tokens * text.num_attention_heads * head * layers / max(linear, 1)
+
+
+def checkpoint_names(folder: str | Path) -> list[str]:
+    """The tensors of the checkpoint in `folder`, by the names of its safetensors files, sorted."""
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
+        return sorted(weight_map)
+    if not (folder / "model.safetensors").is_file():
+        raise ModelError(
+            "no model.safetensors", place=str(folder), cure="convert the checkpoint to safetensors"
+        )
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        return sorted(file.keys())
