@@ -141,7 +141,7 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path):
 
 def test_all_mistakes_of_a_file_are_reported_at_once(tmp_path):
     text = (
-        b'{"prompt": "a"\n[1]\n{"question": "b"}\n\xff\n'
+        b'{"prompt": "a"\n[1]\n{"prompt": "b", "tools": 1}\n\xff\n'
         b'{"prompt": NaN}\n{"prompt": "c", "id": 1, "id": 2}\n'
     )
     lines = complaints(write(tmp_path, text))
@@ -149,7 +149,7 @@ def test_all_mistakes_of_a_file_are_reported_at_once(tmp_path):
     assert "malformed JSON: Expecting ',' delimiter at column 15" in found
     for number in range(1, 7):
         assert f"rows.jsonl, line {number})" in found
-    assert "no column 'messages' or 'prompt'" in lines[0]  # of the whole file
+    assert "column 'tools' is a JSON integer" in found
     assert "a JSON array, not an object" in found
     assert "0xff at byte 1 of the line" in found
     assert "NaN is not JSON" in found
