@@ -1,10 +1,10 @@
 """The buffer: admits tasks, orders their groups, ages and drops them. It alone compares versions.
 
-One update trains one *cohort*: P groups, admitted one after another. Cohort k is open for admission once
-k - S cohorts have been released, so at most (S + 1) P groups are between admission and release, and since
-cohorts are trained in order and released only after the new version is proven, no group is older than S.
-A group that is dropped (useless under refill, late, without two scores) gives its place to the next task,
-up to 4 P tasks a cohort.
+One update trains one *cohort*: P groups, admitted one after another. Cohort k is open for admission
+once k - S cohorts have been released, so at most (S + 1) P groups are between admission and
+release, and since cohorts are trained in order and released only after the new version is proven,
+no group is older than S. A group that is dropped (useless under refill, late, without two scores)
+gives its place to the next task, up to 4 P tasks a cohort.
 """
 
 import asyncio
@@ -12,6 +12,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rlpost.types import Group, Task
 
@@ -44,7 +45,8 @@ class _Cohort:
 class TaskQueue:
     """The tasks in seeded order, epoch after epoch; a task given back goes to the end of the queue.
 
-    `cursor` counts the tasks drawn from the epochs, so that the order is a function of the seed alone.
+    `cursor` counts the tasks drawn from the epochs, so that the order is a function of the seed
+    alone.
     """
 
     def __init__(self, tasks: Sequence[Task], *, seed: int):
@@ -85,14 +87,15 @@ class TaskQueue:
         if self._epoch >= 0:
             self._order = list(range(len(self._tasks)))
             random.Random(f"{self._seed}:{self._epoch}").shuffle(self._order)
-        self._again = deque(self._by_id[name] for name in state["again"])  # type: ignore[attr-defined]
+        again: Any = state["again"]
+        self._again = deque(self._by_id[name] for name in again)
 
 
 class Buffer:
     """One asyncio owner; every method runs on its loop.
 
-    `lockstep`: a cohort opens only when the one before it is complete, so that which task lands in which
-    cohort does not depend on who finishes first.
+    `lockstep`: a cohort opens only when the one before it is complete, so that which task lands in
+    which cohort does not depend on who finishes first.
     """
 
     def __init__(
@@ -154,8 +157,8 @@ class Buffer:
     # -- arrival -----------------------------------------------------------------------------------
 
     async def put(self, ticket: Ticket, group: Group) -> None:
-        """Takes a finished group. Fewer than two scores: dropped, its task requeued. Useless under refill:
-        dropped and counted as all-good or all-bad, its task done."""
+        """Takes a finished group. Fewer than two scores: dropped, its task requeued. Useless under
+        refill: dropped and counted as all-good or all-bad, its task done."""
         async with self._changed:
             if ticket.dropped:
                 return
@@ -191,8 +194,8 @@ class Buffer:
     # -- training ----------------------------------------------------------------------------------
 
     async def take(self) -> list[Group] | None:
-        """Waits for the oldest cohort and returns its groups in order of admission; it keeps its slots
-        until `release`. None once the buffer is closed."""
+        """Waits for the oldest cohort and returns its groups in order of admission; it keeps its
+        slots until `release`. None once the buffer is closed."""
         async with self._changed:
             await self._changed.wait_for(
                 lambda: self.closed or bool(self._cohorts and self._complete(self._cohorts[0]))
@@ -207,7 +210,8 @@ class Buffer:
         return learner_version - min(versions) if versions else 0
 
     async def release(self, *, version: int) -> None:
-        """The cohort that was taken is trained and `version` is served and proven: its slots open."""
+        """The cohort that was taken is trained and `version` is served and proven: its slots
+        open."""
         async with self._changed:
             self._cohorts.popleft()
             self.released += 1
@@ -239,7 +243,8 @@ class Buffer:
         return sum(ticket.group is not None for cohort in self._cohorts for ticket in cohort.kept)
 
     def state(self) -> dict[str, object]:
-        """What a checkpoint needs: finished groups stay groups, running ones become tasks to redo."""
+        """What a checkpoint needs: finished groups stay groups, running ones become tasks to
+        redo."""
         cohorts = [
             [
                 (ticket.id, ticket.task.id, ticket.version, ticket.group, ticket.dropped)

@@ -1,7 +1,8 @@
 """How the controller reaches its workers: two protocols of plain types, and the local form of each.
 
-`cluster/actors.py` has the form that goes through Ray. A payload may be any handle that the other side
-understands: bytes here, an object reference there, so that weights never pass through the controller.
+`cluster/actors.py` has the form that goes through Ray. A payload may be any handle that the other
+side understands: bytes here, an object reference there, so that weights never pass through the
+controller.
 """
 
 import asyncio
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from rlpost.learner import Learner
     from rlpost.rollout_worker import GroupOrder, RolloutWorker
 
-Announcement = tuple[Publication, Any]  # a publication without its payload, and the payload's handle
+Announcement = tuple[
+    Publication, Any
+]  # a publication without its payload, and the payload's handle
 
 
 class RolloutClient(Protocol):
@@ -73,7 +76,7 @@ class LocalLearner:
 
     async def start(self) -> Mapping[str, Any]:
         await asyncio.to_thread(self._learner.start)
-        return {"version": self._learner.version, **self._learner.describe()}
+        return describe(self._learner)
 
     async def update(
         self, batches: Sequence[MicroBatch], *, measure_kl: bool = False
@@ -108,3 +111,14 @@ class LocalLearner:
 def announce(publication: Publication) -> Announcement:
     """Header and payload apart."""
     return replace(publication, payload=b""), publication.payload
+
+
+def describe(learner: "Learner") -> dict[str, Any]:
+    """What the controller must know of a started learner, and what a reader of the events may want
+    to."""
+    return {
+        "version": learner.version,
+        "can_measure_kl": learner.can_measure_kl,
+        "micro_batch_tokens": learner.micro_batch_tokens,
+        **learner.describe(),
+    }

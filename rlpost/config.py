@@ -1,5 +1,6 @@
-"""job.toml -> a frozen Job. Unknown keys are refused with a suggestion, every mistake is reported at
-once with its line, and each default carries its reason (`rlpost check --explain` prints them)."""
+"""job.toml -> a frozen Job. Unknown keys are refused with a suggestion, every mistake is reported
+at once with its line, and each default carries its reason (`rlpost check --explain` prints
+them)."""
 
 import difflib
 import re
@@ -182,15 +183,17 @@ class LearnerTable(Table):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="LoRA 5e-5 up to 1B, 4e-5 to 4B, 3e-5 above; full 1e-6 (published: 5e-6 to 1e-4)",
+        description="LoRA 5e-5 to 1B, 4e-5 to 4B, 3e-5 above; full 1e-6 (published: 5e-6 to 1e-4)",
     )
     warmup: int = Field(5, ge=0, description="updates of linear warm-up, then constant")
     clip_norm: float = Field(1.0, gt=0, description="gradient norm (Tinker, prime-rl)")
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo"] = Field(
         "cispo", description="token mean over the update, ratio capped (ScaleRL, SkyRL, TRL)"
     )
-    clip_low: float = Field(0.2, ge=0, description="grpo, dr_grpo, dapo, gspo")
-    clip_high: float = Field(0.28, ge=0, description="dapo's clip-higher")
+    clip_low: float | None = Field(None, gt=0, description="the loss's own paper's: 0.2; gspo 3e-4")
+    clip_high: float | None = Field(
+        None, gt=0, description="the loss's own paper's: 0.2; dapo 0.28; gspo 4e-4"
+    )
     ratio_cap: float = Field(3.0, gt=1, description="cispo: the importance weight is capped here")
     correction: Literal[
         "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
@@ -238,13 +241,14 @@ class HealthTable(Table):
 
 
 class Job(Table):
-    """A whole job, resolved and checked against itself (not yet against rows, plugins and model)."""
+    """A whole job, resolved and checked against itself (not yet against rows, plugins and
+    model)."""
 
     run: Run
     model: Model
     lora: Lora = Lora()
     data: Data = Data()
-    environment: Environment = Environment()  # type: ignore[call-arg]
+    environment: Environment = Environment()
     reward: list[RewardTable] = Field(min_length=1)
     scoring: Scoring = Scoring()
     rollout: RolloutTable = RolloutTable()
@@ -294,7 +298,8 @@ class Job(Table):
 
 
 def read_job(path: str | Path, *, overrides: Sequence[str] = ()) -> Job:
-    """Reads a job file; `overrides` are `table.key=value` with TOML values (bare words count as text).
+    """Reads a job file; `overrides` are `table.key=value` with TOML values (bare words count as
+    text).
 
     Raises JobError or UserErrors, one line a mistake, naming file, line and cure.
     """
@@ -311,7 +316,8 @@ def read_job(path: str | Path, *, overrides: Sequence[str] = ()) -> Job:
 
 
 def parse_job(text: str, *, path: Path, overrides: Sequence[str] = ()) -> Job:
-    """Like `read_job`, from the text; `path` names the file in complaints and anchors relative paths."""
+    """Like `read_job`, from the text; `path` names the file in complaints and anchors relative
+    paths."""
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -336,7 +342,7 @@ def parse_job(text: str, *, path: Path, overrides: Sequence[str] = ()) -> Job:
         job = Job.model_validate(values)
     except ValidationError as error:
         raise _as_user_errors(error, path.name, lines) from None
-    object.__setattr__(job, "_folder", path.parent.resolve())
+    job._folder = path.parent.resolve()
     _check_together(job, path.name, lines)
     return job
 
@@ -433,7 +439,8 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 
 def _key_lines(text: str) -> dict[tuple[str, ...], int]:
-    """Line numbers of tables and keys: ("rollout", "group_size") -> 14; list tables count from 0."""
+    """Line numbers of tables and keys: ("rollout", "group_size") -> 14; list tables count from
+    0."""
     lines: dict[tuple[str, ...], int] = {}
     table: tuple[str, ...] = ()
     counts: dict[str, int] = {}

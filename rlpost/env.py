@@ -1,7 +1,7 @@
 """The environment seam: an environment gives tasks and answers replies.
 
-Write a class with `tasks()` and `episode(task)`, name it in the job as `module:Class` or register it
-under the entry-point group `rlpost.envs`; keyword arguments come from the job's [environment].
+Write a class with `tasks()` and `episode(task)`, name it in the job as `module:Class` or register
+it under the entry-point group `rlpost.envs`; keyword arguments come from the job's [environment].
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,8 @@ class Episode(Protocol):
 
 @runtime_checkable
 class Env(Protocol):
-    """Gives tasks and answers replies. `tasks()` yields the same tasks in the same order each time."""
+    """Gives tasks and answers replies. `tasks()` yields the same tasks in the same order each
+    time."""
 
     def tasks(self) -> Iterable[Task]: ...
 

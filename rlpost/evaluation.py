@@ -30,7 +30,8 @@ class Evaluation:
     rollouts: Sequence[Rollout]
 
     def value(self, metric: str) -> float:
-        """`score`, one of the rewards' metrics, or a part. KeyError if there is none of that name."""
+        """`score`, one of the rewards' metrics, or a part. KeyError if there is none of that
+        name."""
         if metric == "score":
             return self.score
         return self.metrics[metric] if metric in self.metrics else self.parts[metric]

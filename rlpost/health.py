@@ -1,4 +1,5 @@
-"""Watches a run and acts: what is critical pauses it, with a checkpoint and a sentence that says why."""
+"""Watches a run and acts: what is critical pauses it, with a checkpoint and a sentence that says
+why."""
 
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -19,7 +20,8 @@ class Health:
         self._skipped = 0
 
     def after_group(self, group: Group) -> None:
-        """Above the limit of rollouts without a score, or of replies that break their judge: ScoringError."""
+        """Above the limit of rollouts without a score, or of replies that break their judge:
+        ScoringError."""
         for rollout in group.rollouts:
             self._statuses.append((rollout.status, _why(rollout)))
         if len(self._statuses) < FEWEST:

@@ -4,9 +4,10 @@
     async def judged(task: Task, rollout: Rollout) -> float | Score
     def ranked(task: Task, rollouts: list[Rollout]) -> list[float | Score]      # a group reward
 
-A second parameter called `rollouts` makes a group reward: it runs once, when all G replies are there.
-A function whose first parameter is `completions` is taken for TRL's form, `f(completions, **columns)`.
-Keyword arguments come from the job's [[reward]] table. Weights, gates and ranges are the job's business.
+A second parameter called `rollouts` makes a group reward: it runs once, when all G replies are
+there. A function whose first parameter is `completions` is taken for TRL's form, `f(completions,
+**columns)`. Keyword arguments come from the job's [[reward]] table. Weights, gates and ranges are
+the job's business.
 """
 
 import inspect
@@ -18,8 +19,9 @@ from typing import Any
 from rlpost.types import Rollout, Score, Task
 
 STATUSES = ("ok", "reply_error", "error", "timeout", "crashed", "invalid_result")
-"""How a judgement ended. `ok` and `reply_error` carry a score (the lowest value for the latter: the same
-failure twice on the same reply is the reply's doing); the others leave the rollout without one."""
+"""How a judgement ended. `ok` and `reply_error` carry a score (the lowest value for the latter: the
+same failure twice on the same reply is the reply's doing); the others leave the rollout without
+one."""
 
 Reward = Callable[..., Any]
 
@@ -28,8 +30,9 @@ Reward = Callable[..., Any]
 class RewardSpec:
     """One [[reward]] of a job. `name` is unique within the job and prefixes the parts in metrics.
 
-    A gate multiplies: nothing counts unless it is 1. `range` is what the function may return; values are
-    mapped from it to [0, 1]. `base_dir` is the job's folder, where `module:object` is looked up first.
+    A gate multiplies: nothing counts unless it is 1. `range` is what the function may return;
+    values are mapped from it to [0, 1]. `base_dir` is the job's folder, where `module:object` is
+    looked up first.
     """
 
     use: str
@@ -42,7 +45,7 @@ class RewardSpec:
 
 
 def kind(function: Reward) -> str:
-    """"single", "group" or "trl", from the names of the first two parameters."""
+    """ "single", "group" or "trl", from the names of the first two parameters."""
     names = list(inspect.signature(function).parameters)
     if names and names[0] in ("completions", "prompts"):
         return "trl"
@@ -50,8 +53,9 @@ def kind(function: Reward) -> str:
 
 
 def as_score(value: Any, *, range: tuple[float, float] = (0.0, 1.0)) -> Score:
-    """A reward's result as a Score in [0, 1]. Raises ValueError, naming the cause, for anything that is not
-    finite, not a number or outside `range` (parts must be finite; booleans count as 0 and 1)."""
+    """A reward's result as a Score in [0, 1]. Raises ValueError, naming the cause, for anything
+    that is not finite, not a number or outside `range` (parts must be finite; booleans count as 0
+    and 1)."""
     score = value if isinstance(value, Score) else Score(value=value)
     low, high = range
     number = _finite(score.value, "value")
@@ -71,10 +75,11 @@ def _finite(value: Any, name: str) -> float:
 
 
 def combine(specs: Sequence[RewardSpec], scores: Sequence[Score]) -> Score:
-    """The scores of one rollout, one a spec, as one: the weighted mean of the ungated ones times every gate.
+    """The scores of one rollout, one a spec, as one: the weighted mean of the ungated ones times
+    every gate.
 
-    Parts carry the reward's name (`extraction`, `extraction.exact.date`); the reason is that of the first
-    reward that has one and is below 1, else the first reason given.
+    Parts carry the reward's name (`extraction`, `extraction.exact.date`); the reason is that of the
+    first reward that has one and is below 1, else the first reason given.
     """
     gates, total, weights = 1.0, 0.0, 0.0
     parts: dict[str, float] = {}
@@ -86,7 +91,9 @@ def combine(specs: Sequence[RewardSpec], scores: Sequence[Score]) -> Score:
         else:
             total += spec.weight * score.value
             weights += spec.weight
-    reasons = [s.reason for s in scores if s.reason and s.value < 1.0] or [s.reason for s in scores if s.reason]
+    reasons = [s.reason for s in scores if s.reason and s.value < 1.0] or [
+        s.reason for s in scores if s.reason
+    ]
     value = gates * (total / weights if weights else 1.0)
     return Score(value=value, parts=parts, reason=reasons[0] if reasons else "")
 

@@ -1,4 +1,5 @@
-"""A rollout worker: one engine, one environment, one scoring pool. Task in, judged Group out. No Ray."""
+"""A rollout worker: one engine, one environment, one scoring pool. Task in, judged Group out. No
+Ray."""
 
 import asyncio
 import hashlib
@@ -11,15 +12,16 @@ from rlpost.engine.base import BASE_VERSION, Engine, Publication, Sampling
 from rlpost.env import Env
 from rlpost.policy.renderer import Renderer
 from rlpost.scoring.pool import ScoringPool
-from rlpost.types import Completion, Group, Message, Rollout, Task, Trajectory
+from rlpost.types import Completion, Group, Message, Rollout, Score, Task, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupOrder:
     """What to sample: `group_size` attempts at `task` under `version` (None: whatever is served).
 
-    temperature 0 is greedy. The seed of each rollout derives from `seed`, the task, the group's number, the
-    rollout's number and the version, so that a group can be sampled again and comes out the same.
+    temperature 0 is greedy. The seed of each rollout derives from `seed`, the task, the group's
+    number, the rollout's number and the version, so that a group can be sampled again and comes out
+    the same.
     """
 
     group_id: int
@@ -29,6 +31,9 @@ class GroupOrder:
     seed: int
     max_reply_tokens: int
     temperature: float = 1.0
+    truncated: str = (
+        "lowest"  # a cut-off reply scores 0; "mask": it keeps its score and is not trained
+    )
 
 
 def rollout_seed(order: GroupOrder, index: int) -> int:
@@ -67,6 +72,14 @@ class _Transcript:
         )
 
 
+def _lowest_if_cut(rollout: Rollout) -> Rollout:
+    """Run-on replies must cost something: a cut-off one gets 0, in every part."""
+    if rollout.stop_reason != "length" or rollout.score is None:
+        return rollout
+    parts = dict.fromkeys(rollout.score.parts, 0.0)
+    return replace(rollout, score=Score(value=0.0, parts=parts, reason="truncated"))
+
+
 class RolloutWorker:
     """Samples groups, several at once, and publishes new versions to its engine in between."""
 
@@ -96,7 +109,8 @@ class RolloutWorker:
     # -- sampling ----------------------------------------------------------------------------------
 
     async def run(self, order: GroupOrder) -> Group:
-        """One judged group. Rollouts whose judge or environment failed have no score and say why."""
+        """One judged group. Rollouts whose judge or environment failed have no score and say
+        why."""
         self._begin()
         try:
             async with asyncio.TaskGroup() as episodes:
@@ -106,6 +120,8 @@ class RolloutWorker:
                 ]
             rollouts = [task.result() for task in running]
             rollouts = await self._judge(rollouts)
+            if order.truncated == "lowest":
+                rollouts = [_lowest_if_cut(rollout) for rollout in rollouts]
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         finally:
@@ -195,7 +211,8 @@ class RolloutWorker:
     # -- weights -----------------------------------------------------------------------------------
 
     async def publish(self, publication: Publication, payload: bytes | None = None) -> float:
-        """Serves a new version; returns the seconds it took. Full weights wait until nothing runs."""
+        """Serves a new version; returns the seconds it took. Full weights wait until nothing
+        runs."""
         began = time.monotonic()
         if payload is not None:  # the payload travels beside its header: one object for all workers
             publication = replace(publication, payload=bytes(payload))
@@ -219,7 +236,8 @@ class RolloutWorker:
         """Log-probabilities of given tokens, as the engine sees them."""
         return await self.engine.score(sequences, version=version)
 
-    # -- what there is to tell -----------------------------------------------------------------------
+    # -- what there is to tell
+    # -----------------------------------------------------------------------
 
     def statistics(self) -> dict[str, object]:
         """Counters since the start: tokens, idle seconds, and those of engine and scoring pool."""

@@ -107,8 +107,8 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """N sequences laid end to end. All per-token fields have T entries (sequences of plain numbers or
-    1-D tensors); `starts` has N + 1, the last being T."""
+    """N sequences laid end to end. All per-token fields have T entries (sequences of plain numbers
+    or 1-D tensors); `starts` has N + 1, the last being T."""
 
     token_ids: Any  # [T] int64
     position_ids: Any  # [T] int64, from 0 in each sequence

@@ -2,13 +2,16 @@
 
 Every engine passes `tests/conformance/engine_contract.py`. What is true of each:
 
-1. `generate` returns exactly the tokens that were sampled, with the log-probability of each under the
+1. `generate` returns exactly the tokens that were sampled, with the log-probability of each under
+the
    distribution they were sampled from (after temperature), the stop token included.
-2. Every completion names the version(s) that sampled it, and a version is named only once it is served.
-3. The same (prompt, sampling with a seed, version) gives the same tokens and logprobs whatever else runs.
-4. `publish` returns after the new version serves new requests. With "lora", running requests end on the
-   version they began with, and the `keep` newest versions stay available; with "full" nothing may run
-   (`drain` first) unless the engine says it can swap in flight. No cache of an older version is reused.
+2. Every completion names the version(s) that sampled it, and a version is named only once it is
+served. 3. The same (prompt, sampling with a seed, version) gives the same tokens and logprobs
+whatever else runs. 4. `publish` returns after the new version serves new requests. With "lora",
+running requests end on the
+   version they began with, and the `keep` newest versions stay available; with "full" nothing may
+   run (`drain` first) unless the engine says it can swap in flight. No cache of an older version is
+   reused.
 5. `fingerprint` reads the weights that the engine really computes with, not the copy it was sent.
 6. A request that cannot be served raises EngineError with a reason; nothing waits for ever.
 """
@@ -25,9 +28,11 @@ BASE_VERSION = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How a reply is sampled. top_p = 1 and top_k off, always: a truncated distribution biases the ratio.
+    """How a reply is sampled. top_p = 1 and top_k off, always: a truncated distribution biases the
+    ratio.
 
-    temperature 0 is greedy. `stop_token_ids` end the reply and belong to it. `seed` None is unseeded.
+    temperature 0 is greedy. `stop_token_ids` end the reply and belong to it. `seed` None is
+    unseeded.
     """
 
     max_tokens: int
@@ -40,9 +45,10 @@ class Sampling:
 class Publication:
     """One policy version on its way to the engines.
 
-    `payload` is a safetensors file in memory: for "lora" PEFT's names (base_model.model.….lora_A.weight),
-    for "full" the checkpoint's names, in the dtype that the engine serves. `adapter_config` is PEFT's
-    adapter_config.json ("lora" only). `fingerprint` is what the engine must report once it serves it.
+    `payload` is a safetensors file in memory: for "lora" PEFT's names
+    (base_model.model.….lora_A.weight), for "full" the checkpoint's names, in the dtype that the
+    engine serves. `adapter_config` is PEFT's adapter_config.json ("lora" only). `fingerprint` is
+    what the engine must report once it serves it.
     """
 
     version: int
@@ -70,7 +76,8 @@ class EngineSpec:
 
 
 class Engine(Protocol):
-    """Plain asyncio; an engine runs its own thread or process. Construct, `await start()`, use, `await stop()`."""
+    """Plain asyncio; an engine runs its own thread or process. Construct, `await start()`, use,
+    `await stop()`."""
 
     spec: EngineSpec
 
@@ -90,16 +97,16 @@ class Engine(Protocol):
     async def score(
         self, sequences: Sequence[Sequence[int]], *, version: int | None = None
     ) -> list[list[float]]:
-        """Log-probabilities of given tokens at temperature 1: for each sequence of n tokens, n floats, the
-        first of them 0.0 (nothing precedes it). Computed afresh, no cache used."""
+        """Log-probabilities of given tokens at temperature 1: for each sequence of n tokens, n
+        floats, the first of them 0.0 (nothing precedes it). Computed afresh, no cache used."""
         ...
 
     async def publish(self, publication: Publication) -> None: ...
 
     async def fingerprint(self, *, version: int | None = None) -> Mapping[str, int]:
-        """Sum of bit patterns modulo 2^64 of each tensor served, keyed like the publication's payload;
-        for an adapter version the stacked A and B of that slot (see policy/proof.py for the rules) plus
-        one entry "base" over the untouched weights."""
+        """Sum of bit patterns modulo 2^64 of each tensor served, keyed like the publication's
+        payload; for an adapter version the stacked A and B of that slot (see policy/proof.py for
+        the rules) plus one entry "base" over the untouched weights."""
         ...
 
     async def drain(self) -> None:

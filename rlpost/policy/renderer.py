@@ -1,7 +1,8 @@
 """Messages to token ids by the model's own chat template; sampled tokens are never tokenised again.
 
-The first prompt is rendered whole. After a reply only what is new is encoded: the end of the assistant's
-turn, the environment's messages and the start of the next reply, cut out of the rendered text.
+The first prompt is rendered whole. After a reply only what is new is encoded: the end of the
+assistant's turn, the environment's messages and the start of the next reply, cut out of the
+rendered text.
 """
 
 from collections.abc import Sequence
@@ -85,12 +86,12 @@ class Renderer:
     ) -> list[int]:
         """Token ids between a sampled reply and the next one.
 
-        `messages` are those before the reply, `new` those after it. If the reply ended with its stop token,
-        that token is not said twice.
+        `messages` are those before the reply, `new` those after it. If the reply ended with its
+        stop token, that token is not said twice.
         """
         marked = [*messages, {"role": "assistant", "content": _MARK}, *new]
         text = self.text(marked, tools=tools)
-        before, found, after = text.rpartition(_MARK)
+        _, found, after = text.rpartition(_MARK)
         if not found:
             raise ModelError(
                 f"the chat template of {self.model} does not keep earlier replies",
@@ -102,7 +103,8 @@ class Renderer:
         return ids
 
     def reply(self, token_ids: Sequence[int]) -> str:
-        """The text of a sampled reply, without its stop token; other special tokens stay visible."""
+        """The text of a sampled reply, without its stop token; other special tokens stay
+        visible."""
         ids = list(token_ids)
         if ids and ids[-1] in self.stop_token_ids:
             ids.pop()
@@ -115,13 +117,14 @@ class Renderer:
         return len(self._encode(text))
 
     def check(self, task: Task) -> None:
-        """Raises ModelError if the template silently drops what the task needs (its messages, its tools)."""
+        """Raises ModelError if the template silently drops what the task needs (its messages, its
+        tools)."""
         text = self.text(task.messages, tools=task.tools)
         for message in task.messages:
             content = message.get("content")
             if isinstance(content, str) and content.strip() and content.strip()[:40] not in text:
                 raise ModelError(
-                    f"the chat template of {self.model} leaves out the {message.get('role')} message",
+                    f"the chat template of {self.model} drops the {message.get('role')} message",
                     cure="move its text into the user message",
                 )
         for tool in task.tools or ():

@@ -1,0 +1,111 @@
+"""`rlpost check`: every mistake in job, rows and reward at once, without a GPU and without
+torch."""
+
+import argparse
+import asyncio
+import json
+from typing import Any
+
+from rlpost.config import Job, explain, read_job
+from rlpost.errors import UserError, UserErrors
+from rlpost.preparation import Prepared, model_folder, prepare
+
+
+def register(verbs: Any) -> None:
+    """Adds the verb to the parser."""
+    check = verbs.add_parser(
+        "check", help="find every mistake before it costs a GPU", description=__doc__
+    )
+    check.add_argument("job", help="job.toml, or its folder")
+    check.add_argument(
+        "--set", action="append", default=[], metavar="TABLE.KEY=VALUE", dest="overrides"
+    )
+    check.add_argument(
+        "--explain", action="store_true", help="print every value and why it is the default"
+    )
+    check.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    check.set_defaults(run=check_file)
+
+
+def check_file(args: argparse.Namespace) -> int:
+    job = read_job(args.job, overrides=args.overrides)
+    notes = check_job(job, quick=False)
+    values = list(explain(job)) if args.explain else []
+    if args.json:
+        told = [
+            {"key": key, "value": value, "written": written, "reason": reason}
+            for key, value, written, reason in values
+        ]
+        print(json.dumps({"ok": True, "notes": notes, "values": told}, default=str))
+        return 0
+    for key, value, written, reason in values:
+        mark = "*" if written else " "
+        print(
+            f"{mark} {key} = {json.dumps(value, default=str)}{f'   # {reason}' if reason else ''}"
+        )
+    for note in notes:
+        print(note)
+    print("ok: the job can run" + ("   (* written in the job)" if values else ""))
+    return 0
+
+
+def check_job(job: Job, *, quick: bool) -> list[str]:
+    """Reads rows, resolves plugins, measures prompts, tries the rewards on real rows; returns notes
+    worth reading. Raises UserError(s) with everything that is wrong."""
+    errors: list[UserError] = []
+    renderer = None
+    try:
+        renderer = _renderer(job)
+    except UserErrors as several:
+        errors += several.errors
+    except UserError as error:
+        errors.append(error)
+    try:
+        prepared = prepare(job, renderer=renderer)
+    except UserErrors as several:
+        raise UserErrors([*errors, *several.errors]) from None
+    except UserError as error:
+        raise (UserErrors([*errors, error]) if errors else error) from None
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserErrors(errors)
+    return [*_describe(job, prepared), *_try_rewards(job, prepared, quick=quick)]
+
+
+def _renderer(job: Job) -> Any:
+    """The tokenizer and its template. Where transformers is not installed (a laptop), lengths go
+    unmeasured."""
+    folder = model_folder(job)
+    try:
+        from rlpost.policy.renderer import Renderer
+
+        return Renderer(folder, thinking=job.model.thinking)
+    except ModuleNotFoundError:
+        return None
+
+
+def _describe(job: Job, prepared: Prepared) -> list[str]:
+    rows = f"{len(prepared.train)} training and {len(prepared.validation)} validation tasks"
+    prompt, reply = prepared.longest_prompt, prepared.max_reply_tokens
+    return [f"{rows}; longest prompt {prompt} tokens, replies up to {reply}"]
+
+
+def _try_rewards(job: Job, prepared: Prepared, *, quick: bool) -> list[str]:
+    """The findings of trying each reward on real rows; a reward that cannot work is the user's
+    mistake."""
+    from rlpost.scoring.trial import try_reward
+
+    findings = asyncio.run(
+        try_reward(
+            job.rewards,
+            list(prepared.train[: 2 if quick else 8]),
+            deadline=job.scoring.deadline,
+            quick=quick,
+        )
+    )
+    wrong = [finding for finding in findings if finding.severity == "error"]
+    if wrong:
+        mistakes: list[UserError] = [
+            UserError(finding.text, place=finding.reward, cure=finding.cure) for finding in wrong
+        ]
+        raise mistakes[0] if len(mistakes) == 1 else UserErrors(mistakes)
+    return [f"{finding.severity}: {finding.reward}: {finding.text}" for finding in findings]

@@ -1,0 +1,296 @@
+"""From a job to what a run needs: its environment, tasks, limits and probes, every mistake found
+first.
+
+`rlpost check` and `rlpost run` call this on the laptop, and the controller again where the job
+runs.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlpost import plugins, rows
+from rlpost.config import Job
+from rlpost.env import Env
+from rlpost.errors import JobError, ModelError, PluginError, RowError, UserError, UserErrors
+from rlpost.types import Task
+
+if TYPE_CHECKING:
+    from rlpost.policy.renderer import Renderer
+
+WITHOUT_GOLD = 512  # reply tokens where no gold answer tells how long a reply is
+LEAST_REPLY = 16
+PROBES = 8  # sequences on which each publish is proven
+PROBE_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A job whose plugins resolve and whose rows are read."""
+
+    job: Job
+    env: Env
+    train: Sequence[Task]
+    validation: Sequence[Task]
+    max_reply_tokens: int
+    longest_prompt: int  # tokens
+    probes: Sequence[Sequence[int]]  # prompt + gold, as tokens
+
+
+def open_env(job: Job) -> Env:
+    """The job's environment, around its rows where it has some. Raises PluginError, RowError,
+    UserErrors."""
+    factory = plugins.resolve("rlpost.envs", job.environment.use, base_dir=job.folder)
+    arguments = dict(job.environment.arguments)
+    if isinstance(arguments.get("path"), str):
+        arguments["path"] = str(job.beside(arguments["path"]))
+    positional: list[Any] = []
+    if job.data.train is not None:
+        positional.append(read_tasks(job, job.data.train))
+    return _call(factory, "environment", job.environment.use, positional, arguments)
+
+
+def read_tasks(job: Job, path: str) -> list[Task]:
+    """The rows of a file by the job's [data]."""
+    data = job.data
+    return rows.read_rows(
+        job.beside(path),
+        prompt=_text(job, data.prompt, "data.prompt"),
+        answer=data.answer,
+        tools=data.tools,
+        id=data.id,
+        schema=job.beside(data.answer_schema) if data.answer_schema else None,
+        split_by=data.split_by,
+    )
+
+
+def model_folder(job: Job) -> Path:
+    """The model on this machine: a folder beside the job, else the hub's local cache. Nothing is
+    fetched when HF_HUB_OFFLINE is set. Raises ModelError."""
+    beside = job.beside(job.model.path)
+    if beside.is_dir():
+        if not (beside / "config.json").is_file():
+            raise ModelError(
+                f"model.path {job.model.path} holds no config.json", cure="name a model folder"
+            )
+        return beside
+    if job.model.path.startswith((".", "/", "~")) or job.model.path.count("/") != 1:
+        raise ModelError(
+            f"model.path {job.model.path} is not there (looked for {beside})",
+            cure="name a folder beside the job or a hub id",
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(job.model.path, ignore_patterns=["*.gguf", "*.bin", "*.pth"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        problem = str(error).splitlines()[0]
+        raise ModelError(
+            f"model.path {job.model.path} is neither a folder nor on the hub: {problem}",
+            cure="download it first, or name its folder",
+        ) from None
+
+
+def resolve_rewards(job: Job) -> None:
+    """Every [[reward]] resolves and takes the arguments it is given. Raises PluginError or
+    UserErrors."""
+    errors: list[UserError] = []
+    for spec in job.rewards:
+        if spec.use.endswith(".json"):
+            continue  # a grader file: the scoring pool reads and checks it
+        try:
+            function = plugins.resolve("rlpost.rewards", spec.use, base_dir=spec.base_dir)
+            _check_arguments(function, spec.use, spec.arguments)
+        except UserError as error:
+            errors.append(error)
+    _raise(errors)
+
+
+def prepare(job: Job, *, renderer: "Renderer | None" = None) -> Prepared:
+    """Resolves, reads and measures everything; collects every mistake before it raises.
+
+    Without a renderer (no tokenizer at hand) lengths are not measured and there are no probes.
+    """
+    errors: list[UserError] = []
+    for step in (lambda: resolve_rewards(job), lambda: _check_reward_columns(job)):
+        _collect(step, errors)
+    env = _collect(lambda: open_env(job), errors)
+    if env is None:
+        _raise(errors)
+    tasks = _collect(lambda: _tasks(job, env), errors) or []
+    split = _collect(
+        lambda: rows.split(
+            tasks, job.data.validation, seed=job.run.seed, split_by=job.data.split_by
+        ),
+        errors,
+    ) if tasks else None  # fmt: skip
+    reply, longest, probes = job.rollout.max_reply_tokens or WITHOUT_GOLD, 0, []
+    if renderer is not None and tasks:
+        reply = job.rollout.max_reply_tokens or reply_limit(tasks, renderer)
+        longest = _collect(lambda: _measure(job, tasks, renderer, reply), errors) or 0
+        probes = _probes(tasks, renderer)
+    _raise(errors)
+    train, validation = split or ([], [])
+    return Prepared(
+        job=job,
+        env=env,
+        train=train,
+        validation=validation[: job.eval.rows],
+        max_reply_tokens=reply,
+        longest_prompt=longest,
+        probes=probes,
+    )
+
+
+def reply_limit(tasks: Sequence[Task], renderer: "Renderer") -> int:
+    """Twice the 99th percentile of the gold's tokens; 512 where no task has a gold answer."""
+    from rlpost.policy.renderer import render_gold
+
+    lengths = sorted(
+        renderer.count(render_gold(task.answer)) for task in tasks if task.answer is not None
+    )
+    if not lengths:
+        return WITHOUT_GOLD
+    return max(LEAST_REPLY, 2 * lengths[math.ceil(0.99 * len(lengths)) - 1])
+
+
+def _tasks(job: Job, env: Env) -> list[Task]:
+    tasks = list(env.tasks())
+    if len(tasks) < 2:
+        raise RowError(
+            f"{len(tasks)} tasks are too few to train and validate",
+            place=job.data.train or job.environment.use,
+            cure="give more rows",
+        )
+    seen: set[str] = set()
+    for task in tasks:
+        if task.id in seen:
+            raise RowError(
+                f"two tasks have the id {task.id}",
+                place=job.data.train or job.environment.use,
+                cure="make ids unique",
+            )
+        seen.add(task.id)
+    return tasks
+
+
+def _check_reward_columns(job: Job) -> None:
+    """A gold that no column gives is a mistake of the job, found before any row is read."""
+    for spec in job.rewards:
+        fields = spec.arguments.get("fields")
+        if (
+            spec.use == "extraction"
+            and isinstance(fields, Mapping)
+            and isinstance(job.data.answer, list)
+        ):
+            missing = [name for name in fields if name not in job.data.answer]
+            if missing:
+                raise JobError(
+                    f"reward {spec.name} scores {', '.join(missing)}, which data.answer lacks",
+                    place="job.toml",
+                    cure="add the column to data.answer or take the field out",
+                )
+
+
+def _measure(job: Job, tasks: Sequence[Task], renderer: "Renderer", reply: int) -> int:
+    """The longest prompt in tokens. Raises RowError naming the rows that do not fit, and what
+    would."""
+    renderer.check(tasks[0])
+    lengths = [len(renderer.prompt(task.messages, tools=task.tools)) for task in tasks]
+    room = job.model.max_length - reply
+    long = [(task.id, n) for task, n in zip(tasks, lengths, strict=True) if n > room]
+    if long:
+        named = ", ".join(f"{id} ({n})" for id, n in long[:5]) + (", …" if len(long) > 5 else "")
+        raise RowError(
+            f"{len(long)} of {len(tasks)} prompts are longer than {room} tokens"
+            f" (model.max_length {job.model.max_length} less {reply} for the reply): {named}",
+            place=job.data.train or job.environment.use,
+            cure=f"set model.max_length to {max(lengths) + reply} or take the rows out",
+        )
+    return max(lengths)
+
+
+def _probes(tasks: Sequence[Task], renderer: "Renderer") -> list[list[int]]:
+    from rlpost.policy.renderer import render_gold
+
+    probes = []
+    for task in tasks[:PROBES]:
+        prompt = renderer.prompt(task.messages, tools=task.tools)
+        gold = renderer.prompt([{"role": "user", "content": render_gold(task.answer or "")}])
+        probes.append((prompt + gold)[-PROBE_TOKENS:])  # the end: where replies stand
+    return probes
+
+
+def _check_arguments(function: Any, name: str, arguments: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    keywords = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    unknown = [key for key in arguments if key not in keywords]
+    needed = [
+        p.name
+        for p in parameters
+        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in arguments
+    ]
+    if unknown:
+        import difflib
+
+        close = difflib.get_close_matches(unknown[0], keywords, n=1)
+        known = ", ".join(k for k in keywords if k not in ("task", "rollout", "rollouts", "self"))
+        raise PluginError(
+            f"{name} takes no argument {unknown[0]}",
+            place="job.toml",
+            cure=f"did you mean {close[0]}?" if close else f"it takes {known or 'none'}",
+        )
+    if needed:
+        raise PluginError(
+            f"{name} needs the argument {needed[0]}", place="job.toml", cure=f"add {needed[0]} = …"
+        )
+
+
+def _call(
+    factory: Any, what: str, name: str, positional: list[Any], arguments: dict[str, Any]
+) -> Any:
+    _check_arguments(factory, name, arguments)
+    try:
+        return factory(*positional, **arguments)
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise PluginError(
+            f"{what} {name} refuses its arguments: {error}", place="job.toml", cure=f"see [{what}]"
+        ) from None
+
+
+def _collect(step: Any, errors: list[UserError]) -> Any:
+    try:
+        return step()
+    except UserErrors as several:
+        errors += several.errors
+    except UserError as error:
+        errors.append(error)
+    return None
+
+
+def _text(job: Job, path: str | None, key: str) -> str | None:
+    if path is None:
+        return None
+    try:
+        return job.beside(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise JobError(
+            f"{key} = {path!r} is not there",
+            place="job.toml",
+            cure="write the file or leave it out",
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise JobError(f"{key} = {path!r} cannot be read: {error}", place="job.toml") from None
+
+
+def _raise(errors: Sequence[UserError]) -> None:
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserErrors(list(errors))
