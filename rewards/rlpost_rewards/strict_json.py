@@ -1,8 +1,9 @@
 """One strict reader of JSON replies for every reward.
 
-What the standard reader lets through is refused here: NaN and infinities, duplicate keys, lone surrogates,
-numbers that do not fit, and documents whose size or depth would crash a validator written in C or Rust
-(jsonschema-rs dies on 100,000 levels). Size and depth are measured on the text, before anything is parsed.
+What the standard reader lets through is refused here: NaN and infinities, duplicate keys, lone
+surrogates, numbers that do not fit, and documents whose size or depth would crash a validator
+written in C or Rust (jsonschema-rs dies on 100,000 levels). Size and depth are measured on the
+text, before anything is parsed.
 """
 
 import json
@@ -11,7 +12,7 @@ import re
 from typing import Any
 
 MAX_CHARACTERS = 1_000_000
-MAX_DEPTH = 256
+MAX_DEPTH = 250  # jsonschema-rs takes 255 levels of Python objects
 WHITE_SPACE = " \t\r\n"  # JSON's own
 MAX_DIGITS = 4_000  # of one integer; Python itself refuses more than 4,300
 
@@ -23,9 +24,9 @@ _THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 
 
 class StrictJSONError(ValueError):
-    """A reply that is not one strict JSON document. `reason` is one filterable word: empty, too_long,
-    too_deep, not_json, duplicate_key, not_finite, long_number, lone_surrogate, and from `unwrap` thinking,
-    open_thinking or fence."""
+    """A reply that is not one strict JSON document. `reason` is one filterable word: empty,
+    too_long, too_deep, not_json, duplicate_key, not_finite, long_number, lone_surrogate, and from
+    `unwrap` thinking, open_thinking or fence."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -33,7 +34,8 @@ class StrictJSONError(ValueError):
 
 
 def parse(text: str, *, max_characters: int = MAX_CHARACTERS, max_depth: int = MAX_DEPTH) -> Any:
-    """The JSON value of `text`, all of it. Raises StrictJSONError and nothing else, whatever `text` is."""
+    """The JSON value of `text`, all of it. Raises StrictJSONError and nothing else, whatever `text`
+    is."""
     if len(text) > max_characters:
         raise StrictJSONError("too_long")
     if not text or text.isspace():
@@ -57,9 +59,10 @@ def parse(text: str, *, max_characters: int = MAX_CHARACTERS, max_depth: int = M
 def unwrap(reply: str, *, thinking: str = "strip", fence: str = "strip") -> str:
     """The reply without a leading think block and without one code fence around all of the rest.
 
-    "strip" takes them off; "punish" raises StrictJSONError("thinking") or ("fence") where there is one. A block
-    that is opened and never closed always raises "open_thinking": there is no answer after it. Chat templates
-    that put `<think>` into the prompt leave a reply with the closing tag only; all before it is thinking.
+    "strip" takes them off; "punish" raises StrictJSONError("thinking") or ("fence") where there is
+    one. A block that is opened and never closed always raises "open_thinking": there is no answer
+    after it. Chat templates that put `<think>` into the prompt leave a reply with the closing tag
+    only; all before it is thinking.
     """
     text = strip_thinking(reply, thinking=thinking)
     if not text.startswith("```"):
@@ -76,7 +79,7 @@ def strip_thinking(reply: str, *, thinking: str = "strip") -> str:
     """The reply after its leading think block, white space around it taken off; see `unwrap`."""
     text = reply.strip(WHITE_SPACE)
     opened = text.startswith(_THINK_OPEN)
-    # in {"tag": "</think>"} the tag is data, so a closing tag alone counts only where no JSON has begun
+    # in {"tag": "</think>"} the tag is data: a closing tag alone counts where no JSON has begun
     if not opened and (_THINK_CLOSE not in text or text[:1] in '{["'):
         return text
     thought, closed, answer = text.partition(_THINK_CLOSE)
