@@ -1,8 +1,8 @@
-"""vLLM inside this process, driven step by step by one thread of its own: continuous batching without
-an engine process (which costs 46 s and a second copy of everything on a small CPU machine).
-
-Callers use asyncio; every touch of vLLM happens on the engine thread, between two steps: that is what
-makes a publish atomic. One engine per process: vLLM keeps its parallel state in module globals.
+"""vLLM inside this process, driven step by step by one thread of its own: continuous batching
+without an engine process (which costs 46 s and a second copy of everything on a small CPU machine).
+ Callers use asyncio; every touch of vLLM happens on the engine thread, between two steps: that is
+what makes a publish atomic. One engine per process: vLLM keeps its parallel state in module
+globals.
 """
 
 import asyncio
@@ -28,7 +28,9 @@ from rlpost.types import Completion
 
 T = TypeVar("T")
 
-CPU_CACHE_BYTES = 512 << 20  # vLLM's own default takes most of the machine, and Ray kills the worker
+CPU_CACHE_BYTES = (
+    512 << 20
+)  # vLLM's own default takes most of the machine, and Ray kills the worker
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the adapter ranks that vLLM allocates for
 
 _occupied = threading.Lock()
@@ -37,8 +39,8 @@ _occupied = threading.Lock()
 class VLLMInProcess:
     """The engine contract (`rlpost/engine/base.py`) over `vllm.LLMEngine`.
 
-    `spec.extra` goes to vLLM's EngineArgs as it is. A reply ends at `Sampling.stop_token_ids` and at
-    nothing else, and is cut where prompt + reply reach `spec.max_length`.
+    `spec.extra` goes to vLLM's EngineArgs as it is. A reply ends at `Sampling.stop_token_ids` and
+    at nothing else, and is cut where prompt + reply reach `spec.max_length`.
     """
 
     def __init__(self, spec: EngineSpec):
@@ -179,7 +181,8 @@ class _Driver:
     # -- from any thread ---------------------------------------------------------------------------
 
     def post(self, act: Callable[[], None], answer: "Future[Any]") -> None:
-        """Runs `act` on the engine thread before its next step; what it raises becomes the answer."""
+        """Runs `act` on the engine thread before its next step; what it raises becomes the
+        answer."""
         with self._wake:
             if self._ended or self._stopping:
                 raise EngineError(self._ended or "the engine is stopping")
@@ -220,7 +223,9 @@ class _Driver:
                 act()
             except EngineError as error:
                 _fail(answer, error)
-            except Exception as error:  # a refused request is the request's failure, not the engine's
+            except (
+                Exception
+            ) as error:  # a refused request is the request's failure, not the engine's
                 _fail(answer, EngineError(f"{type(error).__name__}: {error}"))
 
     def _step(self) -> None:
@@ -307,7 +312,8 @@ class _Driver:
     # -- versions ----------------------------------------------------------------------------------
 
     def publish(self, publication: Publication) -> bool:
-        """False if it must be tried again later, because running requests hold every adapter slot."""
+        """False if it must be tried again later, because running requests hold every adapter
+        slot."""
         if publication.kind == "lora":
             if not self.spec.lora_rank:
                 raise EngineError("an adapter was published, but lora_rank is 0")
@@ -326,7 +332,9 @@ class _Driver:
         from vllm.lora.request import LoRARequest
 
         self._published += 1
-        name = f"v{publication.version}-{self._published}"  # never used before, whatever the version
+        name = (
+            f"v{publication.version}-{self._published}"  # never used before, whatever the version
+        )
         assert self._folder is not None
         folder = _roomy_folder(self._folder, len(publication.payload)) / name
         folder.mkdir(parents=True)
@@ -337,7 +345,9 @@ class _Driver:
             loaded = self._llm.add_lora(lora)
         except Exception as error:  # vLLM's reasons have many types; the older versions stay served
             shutil.rmtree(folder, ignore_errors=True)
-            raise EngineError(f"vLLM refused the adapter of version {publication.version}: {error}") from error
+            raise EngineError(
+                f"vLLM refused the adapter of version {publication.version}: {error}"
+            ) from error
         if not loaded:
             raise EngineError(f"vLLM did not load the adapter of version {publication.version}")
         served = _Served(publication.version, name, lora, folder)
@@ -352,7 +362,9 @@ class _Driver:
         self._published += 1
         self._broken = f"the weights of version {publication.version} were only partly loaded"
         assert self._folder is not None
-        path = _roomy_folder(self._folder, len(publication.payload)) / f"{self._published}.safetensors"
+        path = (
+            _roomy_folder(self._folder, len(publication.payload)) / f"{self._published}.safetensors"
+        )
         path.write_bytes(publication.payload)
         try:
             self._llm.collective_rpc("rlpost_reload", args=(str(path),))
@@ -406,6 +418,9 @@ class _Driver:
 
         if self.spec.device == "cpu":  # a thread has its own OpenMP setting, read only at import
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+            if self.spec.extra.get("enforce_eager", True):
+                # a sampling kernel would be compiled at the first request: 3 to 30 s, no gain here
+                torch._dynamo.config.disable = True
         self._folder = Path(tempfile.mkdtemp(prefix="rlpost-", dir=_shared_memory()))
         self._tokenizer = AutoTokenizer.from_pretrained(self.spec.model)
         self._llm = LLMEngine.from_engine_args(EngineArgs(**engine_arguments(self.spec)))
@@ -448,6 +463,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
         "logprobs_mode": "processed_logprobs",  # raw ones ignore the temperature
         "skip_tokenizer_init": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "worker_extension_cls": "rlpost.engine.vllm_weights.WeightsExtension",
     }
     if spec.device == "cpu":
@@ -482,7 +498,7 @@ def _longest(spec: EngineSpec) -> int:
 def _set_environment(spec: EngineSpec) -> None:
     """vLLM reads these when it is imported."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns at every weight swap
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # one process talks to itself only
     if spec.device == "cpu":
@@ -496,7 +512,8 @@ def _shared_memory() -> str:
 
 
 def _roomy_folder(folder: Path, size: int) -> Path:
-    """`folder` in shared memory, or one on disk where that is too small (containers often have 64 MB)."""
+    """`folder` in shared memory, or one on disk where that is too small (containers often have 64
+    MB)."""
     if shutil.disk_usage(folder).free > 2 * size:
         return folder
     disk = Path(tempfile.gettempdir()) / folder.name

@@ -2,11 +2,11 @@
 
 `WeightsExtension` is mixed into vLLM's worker (`worker_extension_cls`), so the same code serves the
 in-process engine and an engine process: arguments and results are plain values and file paths.
-
-Reading back. A GPU computes with the parameters themselves. On the CPU vLLM packs each linear layer and
-frees its parameter, and a tied head becomes a second packed copy; there every layer is applied, through
-its own `quant_method`, to unit vectors: products with 0 and 1 are exact, so what comes out is the weight.
-Fused layers are split by their own output sizes; the rows that pad a vocabulary are left out.
+ Reading back. A GPU computes with the parameters themselves. On the CPU vLLM packs each linear
+layer and frees its parameter, and a tied head becomes a second packed copy; there every layer is
+applied, through its own `quant_method`, to unit vectors: products with 0 and 1 are exact, so what
+comes out is the weight. Fused layers are split by their own output sizes; the rows that pad a
+vocabulary are left out.
 """
 
 import json
@@ -33,8 +33,9 @@ class WeightsExtension:
     vllm_config: Any
 
     def rlpost_bare_head(self) -> None:
-        """Takes the adapter wrapper off the head, which no policy of ours adapts. It costs a product at
-        every step, and scoring fails in it: it maps rows to adapters by sampled tokens only."""
+        """Takes the adapter wrapper off the head, which no policy of ours adapts. It costs a
+        product at every step, and scoring fails in it: it maps rows to adapters by sampled tokens
+        only."""
         model = self.model_runner.get_model()
         for module in list(model.modules()):
             wrapped = getattr(module, "logits_processor", None)
@@ -42,8 +43,9 @@ class WeightsExtension:
                 module.logits_processor = wrapped.base_layer
 
     def rlpost_reload(self, path: str) -> list[str]:
-        """Replaces every weight by the safetensors file at `path`, in place; returns the names loaded.
-        The file must name a tied head too: vLLM keeps the old packed head otherwise, with a warning only.
+        """Replaces every weight by the safetensors file at `path`, in place; returns the names
+        loaded. The file must name a tied head too: vLLM keeps the old packed head otherwise, with a
+        warning only.
         """
         names: list[str] = []
 
@@ -103,8 +105,9 @@ class _Names:
         return name
 
     def parts(self, module_path: str, sizes: Sequence[int]) -> list[tuple[str, list[int]]]:
-        """The checkpoint's modules inside a fused one, each with its slices of the output. Where there
-        are fewer names than slices the first name covers the rest (Qwen3.5's in_proj_qkv of q, k, v)."""
+        """The checkpoint's modules inside a fused one, each with its slices of the output. Where
+        there are fewer names than slices the first name covers the rest (Qwen3.5's in_proj_qkv of
+        q, k, v)."""
         parent, _, last = module_path.replace(".base_layer", "").rpartition(".")
         fused = list(self.packed.get(last, ()))
         if len(fused) < 2 or len(sizes) < len(fused):
@@ -115,9 +118,12 @@ class _Names:
 
 
 def base_fingerprint(model: torch.nn.Module, names: _Names, dtype: torch.dtype) -> dict[str, int]:
-    """Bit sums of every base tensor that the model computes with, in `dtype`, by checkpoint name."""
+    """Bit sums of every base tensor that the model computes with, in `dtype`, by checkpoint
+    name."""
     sums: dict[str, int] = {}
-    for path, module in model.named_modules(remove_duplicate=False):  # a tied head may be the embedding
+    for path, module in model.named_modules(
+        remove_duplicate=False
+    ):  # a tied head may be the embedding
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, LinearBase):
                 _add_linear(sums, path, module, parameter_name, parameter, names, dtype)
@@ -147,7 +153,9 @@ def _add_linear(
     ends = torch.tensor(sizes).cumsum(0).tolist()
     bounds = list(zip([0, *ends[:-1]], ends, strict=True))
     slices = [0] * len(sizes)
-    if parameter_name == "weight" and _is_packed(layer) and parameter.ndim == 2:
+    if (
+        parameter_name == "weight" and _is_packed(layer) and parameter.ndim < 3
+    ):  # freed: no dims left
         for columns in _unpacked(layer, layer.input_size_per_partition, dtype):
             for index, (start, end) in enumerate(bounds):
                 slices[index] += bit_sum(columns[:, start:end])
@@ -175,7 +183,8 @@ def _is_packed(layer: Any) -> bool:
 
 
 def _unpacked(layer: Any, inputs: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-    """Columns of the weight, `_CHUNK` at a time [chunk, outputs], by applying the layer to unit vectors."""
+    """Columns of the weight, `_CHUNK` at a time [chunk, outputs], by applying the layer to unit
+    vectors."""
     for start in range(0, inputs, _CHUNK):
         count = min(_CHUNK, inputs - start)
         units = torch.zeros(count, inputs, dtype=dtype)
@@ -184,8 +193,8 @@ def _unpacked(layer: Any, inputs: int, dtype: torch.dtype) -> Iterator[torch.Ten
 
 
 def adapter_fingerprint(manager: Any, lora_id: int, names: _Names) -> dict[str, int]:
-    """Bit sums of A and B in the slot of `lora_id`, by PEFT name; modules without an adapter are all
-    zero there and are left out."""
+    """Bit sums of A and B in the slot of `lora_id`, by PEFT name; modules without an adapter are
+    all zero there and are left out."""
     if lora_id not in manager.lora_index_to_id:
         return {}
     slot = manager.lora_index_to_id.index(lora_id)
@@ -209,6 +218,7 @@ def _stacks(stacked: Any) -> Sequence[torch.Tensor]:
 
 
 def _one(sums: Sequence[int], indices: Sequence[int]) -> int:
-    """A is copied to every slice of its part: the sum if the copies agree, else the one that differs."""
+    """A is copied to every slice of its part: the sum if the copies agree, else the one that
+    differs."""
     values = [sums[index] for index in indices]
     return next((value for value in values if value != values[0]), values[0])
