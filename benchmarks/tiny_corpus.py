@@ -1,10 +1,11 @@
-"""What the demo's tiny model is trained on: synthetic documents, answered as careless people answer.
+"""What the demo's tiny model is trained on: synthetic documents, answered as careless people
+answer.
 
-The skill is in the corpus, the convention is not. Replies to receipts are written by annotators who
-disagree: some copy dates as printed, some keep the currency mark, leave a field out, add a sentence or
-take the cash for the total. How much they disagree is `Habits`, and it leans one way or the other from
-layout to layout, as it does in the wild. Reinforcement learning has this left to do: choose, always, what
-the reward asks for.
+The skill is in the corpus, the convention is not. Replies to receipts are written by annotators
+who disagree: some copy dates as printed, some keep the currency mark, leave a field out, add a
+sentence or take the cash for the total. How much they disagree is `Habits`, and it leans one way
+or the other from layout to layout, as it does in the wild. Reinforcement learning has this left
+to do: choose, always, what the reward asks for.
 
 Streams of the corpus are named "corpus/SEED", which no `Receipts(seed=NUMBER)` can produce.
 """
@@ -15,15 +16,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rlpost_envs.receipts import DEFAULT_FIELDS, FIELDS, PROMPT, Receipt, draw_receipt, fill
+from rlpost_envs.receipts import DEFAULT_FIELDS, FIELDS, PROMPT, Receipt, draw_receipt, name_fields
+from tiny_sidelines import draw_call, draw_label, draw_sum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Habits:
     """How often an annotator departs from the convention, on average over layouts.
 
-    `lean` is how far layouts differ: 0 makes all alike; at 1 a habit of rate r is the law in a share r of
-    the layouts and unknown in the others. It makes greedy replies wrong as well as sampled ones.
+    `lean` is how far layouts differ: 0 makes all alike; at 1 a habit of rate r is the law in a
+    share r of the layouts and unknown in the others. It makes greedy replies wrong as well as
+    sampled ones.
     """
 
     printed_date: float = 0.36  # as the page has it
@@ -58,10 +61,12 @@ class Document:
     tools: Sequence[Mapping[str, Any]] | None = None
 
 
+SHARES = {"receipt": 0.88, "label": 0.04, "call": 0.04, "sum": 0.04}
+
 INSTRUCTIONS = (
     PROMPT,
     PROMPT,
-    PROMPT,
+    PROMPT,  # half of the corpus asks as the demo does
     "Extract {fields} from the receipt as JSON.\n\n{text}",
     "{text}\n\nGive {fields} of this receipt as one JSON object.",
     "Which {fields} does this receipt show? Reply with JSON.\n\n{text}",
@@ -74,6 +79,16 @@ AFTER = ("\nThank you", "\nLet me know if you need more.", " (from the receipt)"
 def draw_document(seed: int, index: int, *, habits: Habits) -> Document:
     """Document number `index` of the corpus `seed`: the same on every machine."""
     rng = random.Random(f"document/{seed}/{index}")
+    kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    if kind == "label":
+        messages, reply = draw_label(rng)
+        return Document(kind=kind, messages=messages, reply=reply)
+    if kind == "sum":
+        messages, reply = draw_sum(rng)
+        return Document(kind=kind, messages=messages, reply=reply)
+    if kind == "call":
+        messages, tools, reply = draw_call(rng)
+        return Document(kind=kind, messages=messages, tools=tools, reply=reply)
     return draw_receipt_document(seed, index, rng, habits)
 
 
@@ -83,7 +98,7 @@ def draw_receipt_document(seed: int, index: int, rng: random.Random, habits: Hab
     if rng.random() < 0.25:
         asked = rng.sample(list(FIELDS), rng.randint(2, len(FIELDS)))
     receipt = draw_receipt(f"corpus/{seed}", index, vendors=10**9, with_address="address" in asked)
-    question = fill(rng.choice(INSTRUCTIONS), receipt.text, asked)
+    question = rng.choice(INSTRUCTIONS).format(fields=name_fields(asked), text=receipt.text)
     return Document(
         kind="receipt",
         messages=[{"role": "user", "content": question}],
@@ -133,7 +148,8 @@ def _written(field: str, receipt: Receipt, has: Mapping[str, bool], rng: random.
 
 
 def _decoy(receipt: Receipt, right: str, names: Sequence[str], rng: random.Random) -> str:
-    """One of `names` that the page prints with another value than the right one; else the right one."""
+    """One of `names` that the page prints with another value than the right one; else the right
+    one."""
     page, shown = receipt.text.split(), receipt.printed
     there = [
         name

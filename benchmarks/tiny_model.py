@@ -1,12 +1,13 @@
 """Trains the demo's model: a byte-level BPE tokenizer and a Qwen3 of about four million parameters.
 
-    python3 benchmarks/tiny_model.py --out rlpost/template/model              # one GPU, about three minutes
-    python3 benchmarks/tiny_model.py --out OUT --steps 20 --documents 2000    # smoke test on a CPU
+    python3 benchmarks/tiny_model.py --out rlpost/template/model       # one GPU, three minutes
+    python3 benchmarks/tiny_model.py --out OUT --steps 20 --documents 2000 --batch 32   # on a CPU
 
-Needs torch, transformers, tokenizers, safetensors and numpy; rlpost need not be installed. The corpus is
-`tiny_corpus.py`. The loss is over replies only: the model is to answer, not to invent receipts. At the
-end the saved files are loaded again as the demo loads them (bf16 on disk, float32 in memory) and judged
-on receipts that were not trained on; the figures go into PROVENANCE.md beside the weights.
+Needs torch, transformers, tokenizers, safetensors and numpy; rlpost need not be installed. The
+corpus is `tiny_corpus.py`. The loss is over replies only: the model is to answer, not to invent
+receipts. At the end the saved files are loaded again as the demo loads them (bf16 on disk,
+float32 in memory) and judged on receipts that were not trained on; the figures go into
+PROVENANCE.md beside the weights.
 """
 
 import argparse
@@ -63,9 +64,8 @@ def main() -> None:
         entries=VOCABULARY,
     )
     corpus = encode_corpus(tokenizer, arguments, habits)
-    print(
-        f"{tokenizer.get_vocab_size()} tokens, {len(corpus)} documents, {time.monotonic() - began:.0f} s"
-    )
+    seconds = time.monotonic() - began
+    print(f"{tokenizer.get_vocab_size()} tokens, {len(corpus)} documents, {seconds:.0f} s")
 
     torch.manual_seed(arguments.seed)
     model = Qwen3ForCausalLM(Qwen3Config(**config_of(tokenizer))).to(device)
@@ -112,12 +112,12 @@ def config_of(tokenizer: Tokenizer) -> dict:
     }
 
 
-# ── corpus: documents -> token ids ──────────────────────────────────────────────────────────────────
+# ── corpus: documents -> token ids ────────────────────────────────────────────────────────────
 
 
 class Corpus:
-    """Token ids of all documents end to end. Document i is `ids[starts[i]:starts[i+1]]`, and its reply
-    begins at `replies[i]` tokens from its own start."""
+    """Token ids of all documents end to end. Document i is `ids[starts[i]:starts[i+1]]`, and its
+    reply begins at `replies[i]` tokens from its own start."""
 
     def __init__(self, documents: list[tuple[list[int], int]]):
         lengths = [len(ids) for ids, _ in documents]
@@ -131,8 +131,8 @@ class Corpus:
     def batches(
         self, size: int, *, seed: int, pad: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Endless batches of similar lengths: ids [B, L] and targets [B, L], -100 where nothing is learned.
-        Right padding needs no mask: under a causal mask no token sees it."""
+        """Endless batches of similar lengths: ids [B, L] and targets [B, L], -100 where nothing
+        is learned. Right padding needs no mask: under a causal mask no token sees it."""
         rng = np.random.default_rng(seed)
         lengths = np.diff(self.starts)
         while True:
@@ -189,7 +189,7 @@ def _encode_range(
     return [(ids, reply) for ids, reply in encoded if len(ids) <= LONGEST]
 
 
-# ── training ────────────────────────────────────────────────────────────────────────────────────────
+# ── training ──────────────────────────────────────────────────────────────────────────────────
 
 
 def train(
@@ -234,7 +234,7 @@ def _rate(step: int, warmup: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + float(np.cos(np.pi * min(1.0, done))))
 
 
-# ── files ───────────────────────────────────────────────────────────────────────────────────────────
+# ── files ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: Tokenizer, out: Path) -> None:
@@ -292,20 +292,20 @@ def write_provenance(
     text = f"""# Where this model comes from
 
 A Qwen3-architecture language model of {parameters:,} parameters, trained from random weights by
-`benchmarks/tiny_model.py` of rlpost on synthetic documents that `benchmarks/tiny_corpus.py` draws. No text,
-weights or tokenizer of anybody else went into it. Licence: Apache-2.0.
+`benchmarks/tiny_model.py` of rlpost on synthetic documents that `benchmarks/tiny_corpus.py`
+draws. No text, weights or tokenizer of anybody else went into it. Licence: Apache-2.0.
 
     {command}
 
-Seed {arguments.seed}, {arguments.documents:,} documents, {arguments.steps:,} steps of {arguments.batch}
-documents, learning rate {arguments.learning_rate:g}, on {card}, torch {torch.__version__}. Other hardware
-gives other bits and the same figures within noise.
+Seed {arguments.seed}, {arguments.documents:,} documents, {arguments.steps:,} steps of
+{arguments.batch} documents, learning rate {arguments.learning_rate:g}, on {card}, torch
+{torch.__version__}. Other hardware gives other bits and the same figures within noise.
 
 Annotators of the corpus disagree on purpose (`Habits`): {json.dumps(asdict(habits))}.
 What is left to learn is the convention; see `rlpost run` on the demo job.
 
-Judged on {arguments.judged} receipts of seed {arguments.judge_seed}, none of them trained on: the share of
-right fields, 0 unless the reply is JSON of the asked form.
+Judged on {arguments.judged} receipts of seed {arguments.judge_seed}, none of them trained on: the
+share of right fields, 0 unless the reply is JSON of the asked form.
 
 | figure | value |
 |---|---|

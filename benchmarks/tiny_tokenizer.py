@@ -1,7 +1,7 @@
 """The tiny model's tokenizer: byte-level BPE with single digits and a ChatML template.
 
-Digits stay single, so that copying a number is copying its digits. The template never rewrites earlier
-messages: the tokens of a conversation are a prefix of the tokens of its continuation.
+Digits stay single, so that copying a number is copying its digits. The template never rewrites
+earlier messages: the tokens of a conversation are a prefix of the tokens of its continuation.
 """
 
 import json
@@ -62,8 +62,8 @@ TEMPLATE = """\
 def render_prompt(
     messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
 ) -> str:
-    """What TEMPLATE makes of messages of plain text, generation prompt included, thinking off. Forty times
-    faster than the template; a test holds the two together."""
+    """What TEMPLATE makes of messages of plain text, generation prompt included, thinking off.
+    Forty times faster than the template; a test holds the two together."""
     system, rest = "", list(messages)
     if tools:
         head = rest.pop(0)["content"] + "\n" if rest[0]["role"] == "system" else ""
@@ -98,7 +98,8 @@ def train_tokenizer(documents: Iterable[Document], *, entries: int) -> Tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, out: Path) -> None:
-    """tokenizer.json, its configuration and the chat template, as transformers 4 and 5 read them."""
+    """tokenizer.json, its configuration and the chat template, as transformers 4 and 5 read
+    them."""
     tokenizer.save(str(out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -1,1 +1,2 @@
-"""Environments that ship with rlpost; the core finds them through the entry-point group `rlpost.envs`."""
+"""Environments that ship with rlpost; the core finds them by the entry-point group
+`rlpost.envs`."""

@@ -290,4 +290,3 @@ all together {mark}{total}
 {date} slip {invoice}""",
     ),
 )
-"""Sixteen pages. Adding one changes no other: a receipt's layout is drawn from the list it is given."""

@@ -1,25 +1,35 @@
-"""Synthetic receipts of many layouts with exact labels, the same on every machine for the same seed.
+"""Synthetic receipts of many layouts with exact labels, the same everywhere for the same seed.
 
     Receipts(count=400, seed=1)                              # all sixteen layouts, four fields
     Receipts(count=50, seed=2, layouts=["till", "fuel"], fields=["company", "total"])
 
-Each task asks for one JSON object. `answer` holds the gold in the schema's own form: dates in ISO form,
-the total as a number. Everything is drawn by `random.Random` from words and syllables in this file; no
-real receipt, person or company is behind any of it.
+Each task asks for one JSON object. `answer` holds the gold in the schema's own form: dates in ISO
+form, the total as a number. Everything is drawn by `random.Random` from words and syllables in
+this file; no real receipt, person or company is behind any of it.
 """
 
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from rlpost.env import SingleTurnEpisode
 from rlpost.errors import JobError
 from rlpost.types import Task
-
+from rlpost_envs.prompts import read_prompt
 from rlpost_envs.receipt_layouts import LAYOUTS, Layout, print_date
+from rlpost_envs.receipt_words import (
+    CURRENCIES,
+    ENDINGS,
+    GOODS,
+    GREETINGS,
+    NAMES,
+    PEOPLE,
+    STREETS,
+    SYLLABLES,
+    TRADES,
+)
 
 FIELDS: dict[str, dict[str, Any]] = {
     "company": {"type": "string", "minLength": 1},
@@ -36,54 +46,12 @@ HINTS = {"date": "date (YYYY-MM-DD)", "total": "total (number)"}
 
 PROMPT = "Read this receipt. Answer with one JSON object only: {fields}.\n\n{text}"
 
-CURRENCIES = {"MYR": "RM", "USD": "$", "EUR": "€", "GBP": "£", "SGD": "S$"}
-
-NAMES = (
-    "Amber Anchor Aster Birch Blue Brook Cedar Copper Coral Crown Delta Eagle Elm Ember Falcon Fern "
-    "Golden Green Harbour Hazel Iris Ivory Jade Juniper Lotus Lunar Maple Marble Meadow Metro Mint "
-    "North Oak Ocean Olive Orchid Pearl Pine Prime River Rose Royal Ruby Saffron Silver Sky Star Stone "
-    "Summit Sun Swan Tiger Union Velvet Violet Willow Windmill Zenith"
-).split()
-SYLLABLES = (
-    "ba bel bo cal chi da dor el fa fen gar go hal im jo ka kel la lin lo mar mi mon na nor or pa per qui "
-    "ra ren ri ro sa sel shi so ta tam ter ti to u val ve vi wen xa ya yo za zen"
-).split()
-TRADES = (
-    "Bakery Bistro Books Cafe Clinic Dental Deli Diner Electric Florist Foods Garage Grill Hardware Hotel "
-    "House Kitchen Laundry Market Mart Motors Optics Parcel Pharmacy Pizza Press Repair Shop Stationery "
-    "Stores Studio Supplies Taxi Tools Trading Travel"
-).split()
-ENDINGS = ("", "", "Sdn Bhd", "Ltd", "GmbH", "Inc.", "& Co", "Pte Ltd", "& Sons")
-STREETS = ("Street", "Road", "Lane", "Avenue", "Square", "Hill", "Court", "Jalan")
-PEOPLE = (
-    "Ada Ali Ben Chen Dina Eva Farid Gita Hana Ida Jon Kim Lee Lia Mei Nina Omar Pia Raj Rosa Sam Tara "
-    "Uma Wei Yusuf Zoe"
-).split()
-GOODS = (
-    "Apple juice|Batteries|Black tea|Bread roll|Brake pads|Butter|Candles|Car wash|Cheese|Chicken rice|"
-    "Coffee|Cough syrup|Day pass|Eggs|Envelopes|Eye drops|Flat white|Flour|Fried noodles|Garlic bread|"
-    "Glue|Green tea|Hand soap|Honey|Key copy|Lamp|Latte|Lemons|Light bulb|Milk|Mushroom soup|Nails|"
-    "Notebook|Olive oil|Oil filter|Onions|Orange cake|Paint|Pasta|Pencils|Petrol|Plain rice|Plasters|"
-    "Postage|Room service|Rope|Salad|Sandwich|Screws|Shampoo|Shirt|Stamps|Sugar|Tape|Tomatoes|Towel|"
-    "Umbrella|Vitamin C|Water|Wine"
-).split("|")
-GREETINGS = (
-    "Thank you",
-    "Please come again",
-    "Have a nice day",
-    "Goods sold are not returnable",
-    "Keep this receipt",
-    "Open daily 8 to 8",
-    "Follow us online",
-    "Members save more",
-)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Receipt:
-    """One receipt: `text` as printed, `values` the gold of every field of FIELDS, and `printed`, what the
-    page may show of it (the date in its own style, amounts as text, decoys such as "cash" or "table").
-    `other_date` is the decoy date in ISO form."""
+    """One receipt: `text` as printed, `values` the gold of every field of FIELDS, and `printed`,
+    what the page may show of it (the date in its own style, amounts as text, decoys such as
+    "cash" or "table"). `other_date` is the decoy date in ISO form."""
 
     layout: str
     text: str
@@ -93,11 +61,11 @@ class Receipt:
 
 
 class Receipts:
-    """The environment of `count` receipts. Vendors come back about `per_vendor` times each and stand in
-    `meta.vendor`, so that `split_by = "vendor"` keeps one vendor on one side.
+    """The environment of `count` receipts. Vendors come back about `per_vendor` times each and
+    stand in `meta.vendor`, so that `split_by = "vendor"` keeps one vendor on one side.
 
-    `prompt` is a file in the job's folder (`base_dir`) with {text} and, if it likes, {fields} in it. A
-    wrong argument raises JobError, naming it.
+    `prompt` is a file with {text} and, if it likes, {fields} in it. A wrong argument raises
+    JobError, naming it.
     """
 
     def __init__(
@@ -109,7 +77,6 @@ class Receipts:
         fields: Sequence[str] = DEFAULT_FIELDS,
         per_vendor: int = 4,
         prompt: str | None = None,
-        base_dir: str = ".",
     ):
         for name, number in (("count", count), ("per_vendor", per_vendor)):
             if not isinstance(number, int) or number < 1:
@@ -117,7 +84,7 @@ class Receipts:
         self.count, self.seed, self.per_vendor = count, seed, per_vendor
         self.layouts = choose_layouts(layouts)
         self.fields = _known("fields", fields, FIELDS)
-        self.prompt = read_prompt(prompt, base_dir) if prompt else PROMPT
+        self.template = read_prompt(prompt, PROMPT, columns=("text", "fields"), needed="text")
 
     def tasks(self) -> list[Task]:
         """The same tasks in the same order each time."""
@@ -138,22 +105,19 @@ class Receipts:
             vendors=max(1, self.count // self.per_vendor),
             with_address="address" in self.fields,
         )
+        columns = {"text": receipt.text, "fields": name_fields(self.fields)}
         return Task(
             id=f"receipt-{self.seed}-{index}",
-            messages=[{"role": "user", "content": fill(self.prompt, receipt.text, self.fields)}],
+            messages=[{"role": "user", "content": self.template.render(columns)}],
             answer={field: receipt.values[field] for field in self.fields},
             schema=schema_of(self.fields),
             meta={"layout": receipt.layout, "vendor": receipt.printed["company"]},
         )
 
 
-def fill(prompt: str, text: str, fields: Sequence[str]) -> str:
-    """The prompt about one receipt. Braces other than {text} and {fields} stay as they are."""
-    asked = ", ".join(HINTS.get(field, field) for field in fields)
-    head, found, tail = prompt.partition("{text}")
-    return (
-        head.replace("{fields}", asked) + (text if found else "") + tail.replace("{fields}", asked)
-    )
+def name_fields(fields: Sequence[str]) -> str:
+    """The fields as a prompt asks for them, each with its form."""
+    return ", ".join(HINTS.get(field, field) for field in fields)
 
 
 def schema_of(fields: Sequence[str]) -> dict[str, Any]:
@@ -174,8 +138,8 @@ def draw_receipt(
     vendors: int = 1000,
     with_address: bool = False,
 ) -> Receipt:
-    """Receipt number `index` of a stream, a function of the arguments alone. Without `with_address` the
-    address is printed on every second page only."""
+    """Receipt number `index` of a stream, a function of the arguments alone. Without
+    `with_address` the address is printed on every second page only."""
     rng = random.Random(f"receipt/{seed}/{index}")
     layout = rng.choice(layouts)
     vendor = random.Random(f"vendor/{seed}/{rng.randrange(vendors)}")
@@ -223,22 +187,6 @@ def choose_layouts(names: Sequence[str] | None) -> tuple[Layout, ...]:
         return LAYOUTS
     known = {layout.name: layout for layout in LAYOUTS}
     return tuple(known[name] for name in _known("layouts", names, known))
-
-
-def read_prompt(path: str, base_dir: str) -> str:
-    """A prompt template from a file in the job's folder; it must hold {text}."""
-    file = Path(base_dir, path)
-    if not file.is_file():
-        raise JobError(
-            f"environment.prompt: there is no file {path}",
-            cure="the path is relative to the job file",
-        )
-    text = file.read_text(encoding="utf-8").strip("\n")
-    if "{text}" not in text:
-        raise JobError(
-            f"the prompt {path} lacks {{text}}", cure="write {text} where the receipt goes"
-        )
-    return text
 
 
 def _known(argument: str, names: Sequence[str], known: Mapping[str, Any]) -> tuple[str, ...]:
