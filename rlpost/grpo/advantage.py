@@ -47,10 +47,11 @@ def group_relative(
         centred_G = centred_G * count / (count - 1)
     if divide_by_std == "none":
         return centred_G
-    if divide_by_std == "batch" and batch_std is None:
+    if divide_by_std == "group":
+        batch_std = float(values.std())
+    if batch_std is None:
         raise ValueError('divide_by_std="batch" needs batch_std')
-    std = batch_std if divide_by_std == "batch" else float(values.std())
-    return centred_G / (std + EPSILON)
+    return torch.div(centred_G, batch_std + EPSILON)
 
 
 def usefulness(group: Group, *, min_spread: float = 0.02) -> Usefulness:

@@ -43,6 +43,7 @@ class LossSpec:
     correction: str = "none"  # one of CORRECTIONS
     correction_cap: float = 3.0
     kl_coefficient: float = 0.0
+    kl_unbiased: bool = True  # weigh each token's KL by its ratio, as arXiv 2512.02556 and TRL do
     entropy_coefficient: float = 0.0
     guard: float = (
         0.5  # largest mean |log ratio| of a sequence that is still trained; inf: no guard
@@ -123,50 +124,48 @@ def policy_loss(
     """This micro-batch's share of the update's loss (a scalar; the shares of all micro-batches add
     up to it exactly) and its statistics. Computed in the dtype of `logprobs_T`, float32 at
     least."""
-    like = {
-        "dtype": torch.promote_types(logprobs_T.dtype, torch.float32),
-        "device": logprobs_T.device,
-    }
-    learner_T, entropy_T = logprobs_T.to(**like), entropy_T.to(**like)
-    mask_T = torch.as_tensor(batch.loss_mask).to(**like)
+    learner_T = logprobs_T.to(torch.promote_types(logprobs_T.dtype, torch.float32))
+    entropy_T = entropy_T.to(learner_T)
+    mask_T = torch.as_tensor(batch.loss_mask).to(learner_T)
     starts = torch.as_tensor(batch.starts).to(logprobs_T.device)
-    engine_T = torch.as_tensor(batch.logprobs).to(**like)
-    advantages_T = torch.as_tensor(batch.advantages).to(**like)
+    engine_T = torch.as_tensor(batch.logprobs).to(learner_T)
+    advantages_T = torch.as_tensor(batch.advantages).to(learner_T)
 
     gap_T = (learner_T.detach() - engine_T) * mask_T  # 0.0 when learner and engine agree
     guarded_N = _guarded(gap_T, mask_T, starts, limit=spec.guard)
     kept_T = mask_T * _spread(~guarded_N, starts)
     old_T, weight_T = _correction(learner_T, engine_T, batch, mask_T, starts, spec=spec)
 
-    token_loss_T, low_T, high_T = _token_loss(
+    token_loss_T, ratio_T, low_T, high_T = _token_loss(
         (learner_T - old_T) * mask_T, learner_T, advantages_T, mask_T, starts, spec=spec
     )
     token_loss_T = token_loss_T * weight_T
     kl_T = torch.zeros_like(learner_T)
     if batch.reference_logprobs is not None:
-        kl_T = k3(learner_T, torch.as_tensor(batch.reference_logprobs).to(**like), mask_T)
+        kl_T = k3(learner_T, torch.as_tensor(batch.reference_logprobs).to(learner_T), mask_T)
     if spec.kl_coefficient:
         if batch.reference_logprobs is None:
             raise ValueError("kl_coefficient needs reference_logprobs in every micro-batch")
-        token_loss_T = token_loss_T + spec.kl_coefficient * kl_T
+        weighed_T = kl_T * ratio_T if spec.kl_unbiased else kl_T  # the ratio's gradient counts
+        token_loss_T = token_loss_T + spec.kl_coefficient * weighed_T
     loss = _aggregate(token_loss_T, kept_T, mask_T, starts, spec=spec, totals=totals)
     if spec.entropy_coefficient:
         bonus = (entropy_T * kept_T).sum() / max(totals.tokens, 1)
         loss = loss - spec.entropy_coefficient * bonus
 
     with torch.no_grad():
-        ratio_T = torch.exp(gap_T) * mask_T
+        importance_T = torch.exp(gap_T) * mask_T
         sums = torch.stack(
             [
                 mask_T.sum(),
-                ratio_T.sum(),
-                (ratio_T**2).sum(),
+                importance_T.sum(),
+                (importance_T**2).sum(),
                 (low_T * mask_T).sum(),
                 (high_T * mask_T).sum(),
                 gap_T.abs().sum(),
                 (entropy_T * mask_T).sum(),
                 (kl_T * mask_T).sum(),
-                guarded_N.sum().to(**like),
+                guarded_N.sum().to(learner_T),
             ]
         ).tolist()  # one transfer from the device, not nine
     names = [f.name for f in fields(LossStatistics)]
@@ -216,8 +215,8 @@ def _token_loss(
     starts: torch.Tensor,
     *,
     spec: LossSpec,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss [T], clipped from below [T], clipped from above [T])."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, ratio, clipped from below, clipped from above), each [T]."""
     if spec.kind == "gspo":  # one ratio a sequence: the geometric mean of its tokens'
         counts_N = _sequence_sum(mask_T, starts).clamp(min=1.0)
         log_ratio_T = _spread(_sequence_sum(log_ratio_T, starts) / counts_N, starts)
@@ -227,12 +226,13 @@ def _token_loss(
             max=spec.ratio_cap
         ).detach()  # a weight, not a path for the gradient
         high_T = (ratio_T > spec.ratio_cap) & (advantages_T != 0)
-        return -capped_T * advantages_T * learner_T, torch.zeros_like(high_T), high_T
+        return -capped_T * advantages_T * learner_T, ratio_T, torch.zeros_like(high_T), high_T
     low, high = CLIPS[spec.kind]
     low = 1 - (low if spec.clip_low is None else spec.clip_low)
     high = 1 + (high if spec.clip_high is None else spec.clip_high)
     loss_T = -torch.minimum(ratio_T * advantages_T, ratio_T.clamp(low, high) * advantages_T)
-    return loss_T, (ratio_T < low) & (advantages_T < 0), (ratio_T > high) & (advantages_T > 0)
+    low_T = (ratio_T < low) & (advantages_T < 0)
+    return loss_T, ratio_T, low_T, (ratio_T > high) & (advantages_T > 0)
 
 
 def _aggregate(
