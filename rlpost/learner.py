@@ -6,7 +6,6 @@ model with another adapter, or none.
 """
 
 import math
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,25 +13,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from rlpost.engine.base import Publication
 from rlpost.errors import CheckpointError, ModelError, RunError
 from rlpost.grpo.loss import LossSpec, LossStatistics, Totals, policy_loss
 from rlpost.grpo.packing import split
-from rlpost.policy import lora, publish
+from rlpost.policy import canary, lora, publish
 from rlpost.policy import model as policy_model
-from rlpost.policy.checkpoint import Checkpoint, write
+from rlpost.policy.checkpoint import Checkpoint, random_states, restore_random, write
 from rlpost.types import MicroBatch, StepReport
-
-CANARY_VERSION = -2
-"""The version under which a canary is published: no policy version is negative but the base's
--1."""
 
 WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
 STATE, ADAPTER_CONFIG = "learner.json", "adapter_config.json"
-CANARY_CHANGE = 0.5  # mean |change of a log-probability| that a canary aims at
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +91,7 @@ class Learner:
         self.layout_reason = "not started"
         self._loss = spec.loss_spec()
         self._start: dict[str, torch.Tensor] | None = None  # full or imported adapter: frozen copy
-        self._canary: dict[str, torch.Tensor] | None = None
+        self._canary: Mapping[str, torch.Tensor] | None = None
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -343,50 +336,26 @@ class Learner:
 
     def canary(self, seed: int) -> Publication:
         """A random policy that differs by roughly 0.5 a log-probability from the current one,
-        published as CANARY_VERSION: an engine that follows it really loads what it is sent. The
-        learner's own weights are untouched afterwards."""
-        probe = self._probe_sequences(seed)
+        published under `canary.VERSION`. The learner's own weights are untouched afterwards."""
+        size = self.policy.model.config.get_text_config().vocab_size
+        probe = canary.probe_sequences(size, seed)
         before = self._score(probe)
-        low, high, scale = 0.0, math.inf, 0.02
-        for _ in range(12):
-            canary = self._perturb(seed, scale)
-            with self._weights(canary):
-                change = _mean_change(before, self._score(probe))
-            if 0.7 * CANARY_CHANGE <= change <= 1.4 * CANARY_CHANGE:
-                break
-            low, high = (scale, high) if change < CANARY_CHANGE else (low, scale)
-            scale = 2 * scale if high == math.inf else math.sqrt(max(low, high / 16) * high)
-        self._canary = canary
-        with self._weights(canary):
-            return self._publish(CANARY_VERSION)
+
+        def change(weights: Mapping[str, torch.Tensor]) -> float:
+            with self._weights(weights):
+                return canary.mean_change(before, self._score(probe))
+
+        lora_only = self.spec.method == "lora"
+        self._canary = canary.find(self._trained, seed, lora=lora_only, score=change)
+        with self._weights(self._canary):
+            return self._publish(canary.VERSION)
 
     def canary_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """What the engine must say about `sequences` while it serves the last canary."""
+        """What an engine must say about `sequences` while it serves the last canary."""
         if self._canary is None:
             raise RunError("no canary was published since the last update")
         with self._weights(self._canary):
             return self._score(sequences)
-
-    def _perturb(self, seed: int, scale: float) -> dict[str, torch.Tensor]:
-        """LoRA: A as large as at its start and B of deviation `scale`, both random. Full: every
-        tensor moved by `scale` times its own root mean square."""
-        generator = torch.Generator().manual_seed(seed)
-        tensors = {}
-        for name, parameter in self._trained.items():
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            if self.spec.method == "full":
-                size = parameter.detach().float().square().mean().sqrt()
-                tensors[name] = parameter.detach() + scale * size * noise
-            elif ".lora_A." in name:
-                tensors[name] = noise / math.sqrt(3 * parameter.shape[1])
-            else:
-                tensors[name] = scale * noise
-        return tensors
-
-    def _probe_sequences(self, seed: int) -> list[list[int]]:
-        size = self.policy.model.config.get_text_config().vocab_size
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(size, (4, 32), generator=generator).tolist()
 
     # ── checkpoints ─────────────────────────────────────────────────────────────────────────────
 
@@ -402,8 +371,6 @@ class Learner:
                 "version": self.version,
                 "spec": asdict(self.spec),
                 "method": self.spec.method,
-                "python_random": random.getstate(),
-                "numpy_random": _numpy_state(),
             }
         }
         weights = self._trained
@@ -411,13 +378,10 @@ class Learner:
             documents[ADAPTER_CONFIG] = publish.adapter_config(
                 self._model, base_model=self.spec.model, scaled=False
             )
-        generators = {"cpu": torch.get_rng_state()}
-        if self.spec.device != "cpu":
-            generators["device"] = torch.cuda.get_rng_state(self.spec.device)
         return write(
             folder,
             documents=documents,
-            tensors={WEIGHTS: weights, OPTIMIZER: moments, RANDOM: generators},
+            tensors={WEIGHTS: weights, OPTIMIZER: moments, RANDOM: random_states(self.spec.device)},
         )
 
     def load(self, folder: str | Path) -> None:
@@ -444,27 +408,4 @@ class Learner:
             place = "cpu" if kind == "step" else parameter.device
             self._optimizer.state[parameter][kind] = value.to(place)
         self.version, self._canary = state["version"], None
-        self._restore_random(state, generators)
-
-    def _restore_random(self, state: Any, generators: Mapping[str, torch.Tensor]) -> None:
-        torch.set_rng_state(generators["cpu"])
-        if "device" in generators and self.spec.device != "cpu":
-            torch.cuda.set_rng_state(generators["device"], self.spec.device)
-        version, values, gauss = state["python_random"]
-        random.setstate((version, tuple(values), gauss))
-        name, keys, *rest = state["numpy_random"]
-        np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-
-
-def _numpy_state() -> list[Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state()  # type: ignore[misc]
-    return [name, keys.tolist(), int(position), int(has_gauss), float(gauss)]
-
-
-def _mean_change(before: list[list[float]], after: list[list[float]]) -> float:
-    pairs = [
-        abs(a - b)
-        for x, y in zip(before, after, strict=True)
-        for a, b in zip(x[1:], y[1:], strict=True)
-    ]
-    return sum(pairs) / max(len(pairs), 1)
+        restore_random(generators, device=self.spec.device)

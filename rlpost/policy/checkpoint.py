@@ -8,12 +8,15 @@ Nothing is ever unpickled.
 
 import hashlib
 import json
+import math
 import os
+import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
@@ -135,3 +138,32 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def random_states(device: str) -> dict[str, torch.Tensor]:
+    """The generators of torch (and of `device`), numpy and Python as tensors."""
+    _, keys, *rest = np.random.get_state()
+    version, values, gauss = random.getstate()
+    states = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor(keys.astype(np.int64)),
+        "numpy_rest": torch.tensor([float(value) for value in rest], dtype=torch.float64),
+        "python": torch.tensor([version, *values], dtype=torch.int64),
+        "python_gauss": torch.tensor([math.nan if gauss is None else gauss], dtype=torch.float64),
+    }
+    if device != "cpu":
+        states["device"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random(states: Mapping[str, torch.Tensor], *, device: str) -> None:
+    """Sets every generator that `random_states` read."""
+    torch.set_rng_state(states["torch"])
+    position, has_gauss, cached = states["numpy_rest"].tolist()
+    keys = states["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
+    version, *values = states["python"].tolist()
+    gauss = states["python_gauss"].item()
+    random.setstate((version, tuple(values), None if math.isnan(gauss) else gauss))
+    if "device" in states and device != "cpu":
+        torch.cuda.set_rng_state(states["device"], device)
