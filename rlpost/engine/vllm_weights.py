@@ -127,7 +127,9 @@ def base_fingerprint(model: torch.nn.Module, names: _Names, dtype: torch.dtype) 
         for parameter_name, parameter in module.named_parameters(recurse=False):
             if isinstance(module, LinearBase):
                 _add_linear(sums, path, module, parameter_name, parameter, names, dtype)
-            elif path.rpartition(".")[2] == "lm_head" and parameter_name == "weight":
+            elif (
+                path.removesuffix(".base_layer").endswith("lm_head") and parameter_name == "weight"
+            ):
                 rows = module.org_vocab_size
                 value = sum(_head_sums(module, rows, dtype))
                 sums[names.of(f"{path}.weight")] = value % (1 << 64)
@@ -201,7 +203,7 @@ def adapter_fingerprint(manager: Any, lora_id: int, names: _Names) -> dict[str, 
     sums: dict[str, int] = {}
     for path, module in manager.modules.items():
         assert isinstance(module, BaseLayerWithLoRA)
-        stacked_a, stacked_b = _stacks(module.lora_a_stacked), _stacks(module.lora_b_stacked)
+        stacked_a, stacked_b = _stacks(module, "lora_a_stacked"), _stacks(module, "lora_b_stacked")
         sums_a = [bit_sum(stack[slot]) for stack in stacked_a]
         sums_b = [bit_sum(stack[slot]) for stack in stacked_b]
         for part, indices in names.parts(path, [stack.shape[-2] for stack in stacked_b]):
@@ -213,7 +215,9 @@ def adapter_fingerprint(manager: Any, lora_id: int, names: _Names) -> dict[str, 
     return sums
 
 
-def _stacks(stacked: Any) -> Sequence[torch.Tensor]:
+def _stacks(module: Any, name: str) -> Sequence[torch.Tensor]:
+    """The buffers of one wrapper, a slot per adapter; none where experts keep theirs otherwise."""
+    stacked = getattr(module, name, ())
     return stacked if isinstance(stacked, tuple | list) else (stacked,)
 
 
