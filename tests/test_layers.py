@@ -266,6 +266,13 @@ def test_help_works_without_torch(argv: list[str]):
     assert "usage" in done.stdout.lower()
 
 
+@pytest.mark.skipif(not has_main(), reason="rlpost/cli has no main yet")
+def test_init_and_check_work_without_torch(tmp_path: Path):
+    for argv in (["init", str(tmp_path / "demo")], ["check", str(tmp_path / "demo" / "job.toml")]):
+        done = run_without({"torch", "vllm", "ray", "peft", "trl"}, *argv)
+        assert done.returncode == 0, f"{argv}: {done.stdout}{done.stderr}"
+
+
 def test_the_words_are_importable_without_torch():
     words = [
         f"rlpost.{p.stem}" for room in ROOMS["words"] if (p := PACKAGE / f"{room}.py").exists()
