@@ -72,6 +72,11 @@ def attach(
     wanted, _ = linears(model, head=head)
     if not wanted:
         raise ModelError("the model has no linear layer to adapt", cure='use method = "full"')
+    if head and model.config.get_text_config().tie_word_embeddings:
+        raise ModelError(
+            "the head is tied to the embedding: an adapter on it would not fit either",
+            cure="leave the head out",
+        )
     if adapter is not None:
         return _load(model, Path(adapter))
     config = peft.LoraConfig(
