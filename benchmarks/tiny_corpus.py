@@ -63,6 +63,8 @@ class Document:
 
 SHARES = {"receipt": 0.88, "label": 0.04, "call": 0.04, "sum": 0.04}
 
+LONG = 0.03  # share of receipts with many lines: positions have to be learned, too
+
 INSTRUCTIONS = (
     PROMPT,
     PROMPT,
@@ -97,7 +99,13 @@ def draw_receipt_document(seed: int, index: int, rng: random.Random, habits: Hab
     asked = list(DEFAULT_FIELDS)
     if rng.random() < 0.25:
         asked = rng.sample(list(FIELDS), rng.randint(2, len(FIELDS)))
-    receipt = draw_receipt(f"corpus/{seed}", index, vendors=10**9, with_address="address" in asked)
+    receipt = draw_receipt(
+        f"corpus/{seed}",
+        index,
+        vendors=10**9,
+        with_address="address" in asked,
+        lines=rng.randint(6, 50) if rng.random() < LONG else None,
+    )
     question = rng.choice(INSTRUCTIONS).format(fields=name_fields(asked), text=receipt.text)
     return Document(
         kind="receipt",

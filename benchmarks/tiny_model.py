@@ -45,7 +45,8 @@ SHAPE = {
     "tie_word_embeddings": True,
 }
 VOCABULARY = 4096  # at most; the corpus decides how many merges are worth having
-LONGEST = 512  # tokens of a document; longer ones are left out
+LONGEST = 768  # tokens of a document; longer ones are left out
+ROOM = 256  # tokens a document may take on average in a full batch
 
 
 def main() -> None:
@@ -140,7 +141,7 @@ class Corpus:
             pools = [order[i : i + 16 * size] for i in range(0, len(order), 16 * size)]
             for pool in pools:
                 by_length = pool[np.argsort(lengths[pool], kind="stable")]
-                rows = [by_length[i : i + size] for i in range(0, len(by_length), size)]
+                rows = list(_chunks(by_length, lengths[by_length], size))
                 for row in rng.permutation(len(rows)):
                     yield self._batch(rows[row], lengths, pad)
 
@@ -157,6 +158,17 @@ class Corpus:
                 line, reply:length
             ]  # position t predicts t + 1
         return torch.from_numpy(ids), torch.from_numpy(targets)
+
+
+def _chunks(rows: np.ndarray, lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Rows in batches of `size`, or of fewer where padded ones would take too much memory."""
+    start = 0
+    while start < len(rows):
+        take = min(size, len(rows) - start)
+        while take > 1 and take * lengths[start + take - 1] > size * ROOM:
+            take //= 2
+        yield rows[start : start + take]
+        start += take
 
 
 def encode(tokenizer: Tokenizer, document: Document) -> tuple[list[int], int]:
@@ -288,6 +300,7 @@ def write_provenance(
     card = (
         torch.cuda.get_device_name() if torch.cuda.is_available() and not arguments.cpu else "CPU"
     )
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in asdict(habits).items())
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     text = f"""# Where this model comes from
 
@@ -297,15 +310,15 @@ draws. No text, weights or tokenizer of anybody else went into it. Licence: Apac
 
     {command}
 
-Seed {arguments.seed}, {arguments.documents:,} documents, {arguments.steps:,} steps of
-{arguments.batch} documents, learning rate {arguments.learning_rate:g}, on {card}, torch
-{torch.__version__}. Other hardware gives other bits and the same figures within noise.
+- Seed {arguments.seed}, {arguments.documents:,} documents, {arguments.steps:,} steps of at most
+  {arguments.batch} documents, learning rate {arguments.learning_rate:g}.
+- Made on {card} with torch {torch.__version__}; other hardware gives other bits and, within
+  noise, the same figures.
+- Annotators of the corpus disagree on purpose, at these rates (`Habits`): {rates}.
+  The skill is there; what is left to learn is the convention.
 
-Annotators of the corpus disagree on purpose (`Habits`): {json.dumps(asdict(habits))}.
-What is left to learn is the convention; see `rlpost run` on the demo job.
-
-Judged on {arguments.judged} receipts of seed {arguments.judge_seed}, none of them trained on: the
-share of right fields, 0 unless the reply is JSON of the asked form.
+Judged on {arguments.judged} receipts of seed {arguments.judge_seed}, none of them trained on. A
+score is the share of right fields, and 0 unless the reply is JSON of the asked form.
 
 | figure | value |
 |---|---|

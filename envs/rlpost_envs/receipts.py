@@ -137,16 +137,19 @@ def draw_receipt(
     layouts: Sequence[Layout] = LAYOUTS,
     vendors: int = 1000,
     with_address: bool = False,
+    lines: int | None = None,
 ) -> Receipt:
     """Receipt number `index` of a stream, a function of the arguments alone. Without
-    `with_address` the address is printed on every second page only."""
+    `with_address` the address is printed on every second page only; `lines` fixes the number of
+    items, which is one to three otherwise."""
     rng = random.Random(f"receipt/{seed}/{index}")
     layout = rng.choice(layouts)
     vendor = random.Random(f"vendor/{seed}/{rng.randrange(vendors)}")
     company, address = _company(vendor), _address(vendor)
     code = vendor.choice(list(CURRENCIES))
     items = [
-        (rng.choice(GOODS), rng.randint(1, 4), rng.randint(20, 2500)) for _ in range(_few(rng))
+        (rng.choice(GOODS), rng.randint(1, 4), rng.randint(20, 2500))
+        for _ in range(lines or _few(rng))
     ]
     amounts = _amounts(rng, sum(qty * price for _, qty, price in items), layout)
     date, other_date = _dates(rng)

@@ -1,5 +1,6 @@
 """The demo's model, its corpus and its job: what the template folder promises."""
 
+import itertools
 import json
 import random
 import sys
@@ -16,8 +17,6 @@ ROOT = Path(__file__).parents[2]
 TEMPLATE_FOLDER = ROOT / "rlpost" / "template"
 MODEL = TEMPLATE_FOLDER / "model"
 sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import itertools
 
 from rlpost_envs.receipts import (  # noqa: E402
     DEFAULT_FIELDS,
@@ -210,3 +209,25 @@ def test_the_weights_fit_the_configuration_and_are_bf16():
     assert 4e6 <= model.num_parameters() <= 8e6
     assert model.config.rope_parameters["rope_theta"] == 10_000.0
     assert torch.equal(model.lm_head.weight, weights["model.embed_tokens.weight"].float())
+
+
+def test_batches_learn_each_reply_from_the_token_before_it_and_stay_within_their_room():
+    import numpy as np
+    from tiny_model import ROOM, Corpus
+
+    rng = np.random.default_rng(0)
+    documents = []
+    for number in range(100):
+        length = int(rng.integers(8, 700))
+        documents.append(([number, *range(1000, 1000 + length - 1)], length - 5))
+    seen = []
+    for ids, targets in itertools.islice(Corpus(documents).batches(8, seed=1, pad=0), 100):
+        assert ids.numel() <= 8 * (ROOM + 16) or len(ids) == 1
+        for line, target in zip(ids.tolist(), targets.tolist(), strict=True):
+            document, reply = documents[line[0]]
+            seen.append(line[0])
+            learned = {t: token for t, token in enumerate(target) if token != -100}
+            assert learned == {t - 1: document[t] for t in range(reply, len(document))}
+        if len(seen) >= 100:
+            break
+    assert sorted(seen[:100]) == list(range(100))
