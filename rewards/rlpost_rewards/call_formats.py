@@ -306,7 +306,7 @@ def coerce(text: str, schema: JSON) -> JSON:
         return text
     if not types:
         return _guess(text, bare, schema)
-    if "null" in types and bare in ("null", "None"):
+    if bare in ("null", "None") and ("null" in types or "string" not in types):
         return None
     if "boolean" in types and bare.lower() in ("true", "false"):
         return bare.lower() == "true"

@@ -6,8 +6,8 @@
     factor = number | "text" | "-" factor | "(" sum ")" | function "(" sum ")" | name ("." name)*
 
 Functions: sum, min, max, count over a list; abs. A name that leads through a list gives the list of
-what it finds. Values that print amounts are decimals, dates (of fields declared so) are ISO texts.
-Nothing is executed, and only the job, never a reply, contains a rule.
+what it finds; one that is not a plain word stands in `backticks`. Values that print amounts are
+decimals, dates (of fields declared so) are ISO texts. Nothing is executed, and only the job, never a reply, contains a rule.
 """
 
 import re
@@ -28,7 +28,7 @@ Evaluate = Callable[[Mapping[str, JSON], Names], Value]
 
 _TOKENS = re.compile(
     r"\s*(?:(?P<number>\d+(?:\.\d+)?)|(?P<text>\"[^\"]*\"|'[^']*')"
-    r"|(?P<name>[^\W\d][\w-]*(?:\.[^\W\d][\w-]*)*)"
+    r"|(?P<name>(?:[^\W\d]\w*|`[^`]+`)(?:\.(?:[^\W\d]\w*|`[^`]+`))*)"
     r"|(?P<sign>==|!=|<=|>=|[-+*/()<>]))"
 )
 _COMPARE: dict[str, Callable[[Any, Any], bool]] = {
@@ -106,7 +106,7 @@ class Rule:
             self._at += 1
             return _call(token, self._closed())
         if kind == "name":
-            path = token.split(".")
+            path = [quoted or word for quoted, word in re.findall("`([^`]+)`|([^.`]+)", token)]
             self.names.add(path[0])
             return lambda values, fields: _look_up(path, values, fields)
         raise self._mistake(f"a value should stand at {token or 'its end'!r}")
@@ -137,7 +137,10 @@ def read_rule(text: str) -> Rule:
     """The rule that `text` is. Raises JobError."""
     if not isinstance(text, str) or len(text) > 500:
         raise JobError("extraction: a rule is a text of at most 500 characters")
-    return Rule(text)
+    try:
+        return Rule(text)
+    except RecursionError:
+        raise JobError(f"extraction: the rule {text[:40]!r}… has too many brackets") from None
 
 
 def _tokens(text: str) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 
 import numpy as np
 from rapidfuzz import fuzz
@@ -123,10 +124,17 @@ def object_value(
 
 def fold(text: str) -> str:
     """`text` without case, space, punctuation and symbols; letters, digits and accents stay."""
+    return _fold_short(text) if len(text) <= MAX_SIMILAR_CHARACTERS else _fold(text)
+
+
+def _fold(text: str) -> str:
     folded = unicodedata.normalize("NFKC", text).casefold()
     if folded.isascii():
         return "".join(filter(str.isalnum, folded))
     return "".join(c for c in folded if unicodedata.category(c)[0] in "LNM")
+
+
+_fold_short = lru_cache(maxsize=4096)(_fold)  # gold is folded once for all rollouts of its group
 
 
 def _compare_text(kind: Field, gold: JSON, predicted: JSON) -> float:
