@@ -63,6 +63,8 @@ class Judge:
         _check_arguments(spec, function)
         self._function = function
         self._arguments = dict(spec.arguments)
+        if "base_dir" in inspect.signature(function).parameters:  # paths in arguments are the job's
+            self._arguments.setdefault("base_dir", spec.base_dir)
 
     def judge(self, task: Task, rollout: Rollout) -> Verdict:
         """The verdict on one rollout, by a single reward."""
