@@ -121,7 +121,7 @@ class RunMetrics:
     was."""
 
     def __init__(self, run_id: str, registry: CollectorRegistry | None = None):
-        prometheus_client.disable_created_metrics()  # it would double the series
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]  # double series
         self.run_id, self.registry = run_id, registry or CollectorRegistry()
         self._declared = {metric.name: metric for metric in METRICS}
         self._made = {metric.name: self._make(metric) for metric in METRICS}

@@ -4,6 +4,7 @@ texts."""
 import json
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +180,7 @@ def _run_table(job: Draft) -> list[str]:
 
 
 def _model_table(job: Draft, model: str) -> list[str]:
-    path = os.path.relpath(model, job.folder) if Path(model).is_dir() else model
+    path = _relative(Path(model), job.folder) if Path(model).is_dir() else model
     return [
         "[model]",
         _remark(f"path = {_toml(path)}", "hub id or folder"),
@@ -191,7 +192,7 @@ def _model_table(job: Draft, model: str) -> list[str]:
 
 
 def _data_table(job: Draft, written: Mapping[str, str]) -> list[str]:
-    lines = ["[data]", f"train = {_toml(os.path.relpath(job.rows, job.folder))}"]
+    lines = ["[data]", f"train = {_toml(_relative(job.rows, job.folder))}"]
     lines.append(_remark('# heldout = "heldout.jsonl"', "only `compare` opens it"))
     if job.roles.split_by:
         split = f"split_by = {_toml(job.roles.split_by)}"
@@ -210,7 +211,10 @@ def _data_table(job: Draft, written: Mapping[str, str]) -> list[str]:
 def _reward_table(job: Draft) -> list[str]:
     lines = ["[[reward]]", f"use = {_toml(job.reward)}"]
     if job.labels:
-        lines.append(f"labels = {_toml(job.labels)}")
+        listed = textwrap.wrap(
+            _toml(job.labels), 98, break_on_hyphens=False, break_long_words=False
+        )
+        lines.append("labels = " + "\n  ".join(listed))
     if job.fields:
         short = {n: f["type"] if list(f) == ["type"] else f for n, f in job.fields.items()}
         lines.append(f"fields = {_toml(short)}")
@@ -237,6 +241,10 @@ def _max_length(tasks: Sequence[Task]) -> int:
     gold = max(len(json.dumps(task.answer, ensure_ascii=False)) for task in tasks)
     tokens = (prompt + 2 * gold) / CHARACTERS_A_TOKEN + 128  # the question and the chat template
     return max(512, -(-int(tokens) // 256) * 256)
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return os.path.relpath(path.resolve(), folder.resolve())
 
 
 def _remark(line: str, remark: str) -> str:

@@ -54,7 +54,7 @@ def write_first_files(args: argparse.Namespace) -> int:
         names, notes = _reward(folder, args.reward)
         commands = [f"python -m pytest {folder}/test_{args.reward}.py"]
     else:
-        names, notes = copy_demo(folder), []
+        names, notes = list(copy_demo(folder)), []
         commands = [f"rlpost run {folder}/job.toml"]
     print(f"wrote {', '.join(str(folder / name) for name in names)}")
     for note in notes:
