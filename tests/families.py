@@ -91,6 +91,33 @@ def make(family: str, folder: str | Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def vision_language(folder: str | Path, *, seed: int = 0) -> Path:
+    """Writes a random vision-language Qwen3.5: the class that its real checkpoints name."""
+    vision = transformers.models.qwen3_5.Qwen3_5VisionConfig(
+        depth=1,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=SHAPE["hidden_size"],
+        num_position_embeddings=16,
+    )
+    config = transformers.Qwen3_5Config(
+        text_config=configuration("qwen3_5").to_dict(),
+        vision_config=vision.to_dict(),
+        image_token_id=380,
+        video_token_id=381,
+        vision_start_token_id=382,
+        vision_end_token_id=383,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return Path(folder)
+
+
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of VOCABULARY tokens that ends a turn with `<|im_end|>` (id 2)."""
     import tokenizers

@@ -16,6 +16,7 @@ from torch import nn
 from rlpost.errors import ModelError
 
 ADAPTER = "default"
+NOT_PLAIN = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern")
 OUTSIDE = (
     "visual",
     "vision_tower",
@@ -95,32 +96,51 @@ def attach(
 
 
 def _load(model: nn.Module, folder: Path) -> Any:
+    """`model` with the adapter in `folder`, every tensor of which must find its place."""
     import peft
+    from safetensors.torch import load_file
 
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError("no adapter_config.json", place=str(folder), cure="give a PEFT folder")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(f"no {name}", place=str(folder), cure="give a PEFT folder")
+    config = peft.PeftConfig.from_pretrained(folder)
+    plain = isinstance(config, peft.LoraConfig) and config.bias == "none"
+    if not plain or any(getattr(config, name) for name in NOT_PLAIN):
+        raise ModelError(
+            f"the adapter is not plain LoRA (none of: bias, {', '.join(NOT_PLAIN)})",
+            place=str(folder),
+            cure="merge it into the model first",
+        )
+    config.inference_mode, config.lora_dropout = False, 0.0
+    config.base_model_name_or_path = None  # a folder of another machine
     try:
-        wrapped = peft.PeftModel.from_pretrained(
-            model, folder, is_trainable=True, autocast_adapter_dtype=False
-        )
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ModelError(
-            f"the adapter does not fit: {str(error).splitlines()[0]}",
-            place=str(folder),
-            cure="give one that was trained on this model",
-        ) from error
-    config = wrapped.peft_config[ADAPTER]
-    if config.use_dora or config.modules_to_save or config.bias != "none":
-        raise ModelError(
-            "the adapter has DoRA, biases or whole modules",
-            place=str(folder),
-            cure="give a plain LoRA adapter",
-        )
-    config.lora_dropout = 0.0
-    for _, layer in layers(wrapped):
-        layer.lora_dropout[ADAPTER] = nn.Identity()
+        wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    except ValueError as error:
+        raise _misfit(folder, str(error).splitlines()[0]) from error
     _to_float32(wrapped)
+    parameters = {
+        name.replace(f".{ADAPTER}.", "."): parameter
+        for name, parameter in wrapped.named_parameters()
+        if parameter.requires_grad
+    }
+    tensors = load_file(folder / "adapter_model.safetensors")
+    if odd := sorted(parameters.keys() ^ tensors.keys()):
+        raise _misfit(folder, f"{odd[0]} is only in one of them ({len(odd)} such tensors)")
+    for name, parameter in parameters.items():
+        if parameter.shape != tensors[name].shape:
+            wanted, found = tuple(parameter.shape), tuple(tensors[name].shape)
+            raise _misfit(folder, f"{name} is {found}, not {wanted}")
+        with torch.no_grad():
+            parameter.copy_(tensors[name])
     return wrapped
+
+
+def _misfit(folder: Path, what: str) -> ModelError:
+    return ModelError(
+        f"the adapter does not fit the model: {what}",
+        place=str(folder),
+        cure="give one that was trained on this model",
+    )
 
 
 def _to_float32(wrapped: nn.Module) -> None:

@@ -59,6 +59,7 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
             dtype=DTYPES[dtype],
             attn_implementation="sdpa",
             trust_remote_code=False,
+            use_safetensors=True,  # a pickle runs code
         )
     except (ValueError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
