@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def groups():
-    return [json.loads(line) for line in CASES.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in CASES.open(encoding="utf-8")]
 
 
 @cache

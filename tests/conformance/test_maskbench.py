@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_nearly_every_verdict_is_maskbenchs():
     wrong, total = [], 0
-    for line in CASES.read_text(encoding="utf-8").splitlines():
+    for line in CASES.open(encoding="utf-8"):
         case = json.loads(line)
         task = Task(id=case["id"], messages=(), schema=case["schema"])
         for test in case["tests"]:
