@@ -1,9 +1,11 @@
 """From a job to its working parts: engine, rollout worker, learner. The parts themselves know no
 job."""
 
+import importlib.util
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +59,7 @@ def engine_spec(job: Job, model: Path) -> EngineSpec:
 
 def choose_engine(job: Job, model: Path) -> tuple[str, str]:
     """The engine's name and, where it is not what the job would like best, why in one line."""
-    from rlpost.engine import available, refusal
+    from rlpost.engine import available
 
     if job.model.engine != "auto":
         if job.model.engine not in available():
@@ -66,10 +68,24 @@ def choose_engine(job: Job, model: Path) -> tuple[str, str]:
                 cure='leave it out ("auto") or install it',
             )
         return job.model.engine, ""
-    why = refusal("vllm", str(model))
+    why = _no_vllm(model, available())
     if not why:
         return "vllm", ""
     return "transformers", f"the transformers engine serves, since {why}"
+
+
+def _no_vllm(model: Path, available: Collection[str]) -> str:
+    """Why vLLM does not serve this model here; "" if it does."""
+    if "vllm" not in available:
+        return "vLLM is not installed here"
+    try:
+        config = json.loads((model / "config.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    names = " ".join(config.get("architectures") or ())
+    if "Qwen3_5" in names and importlib.util.find_spec("torchvision") is None:
+        return "vLLM's Qwen3.5 needs torchvision, which is not installed here"
+    return ""
 
 
 def build_worker(job: Job) -> "RolloutWorker":
@@ -90,7 +106,7 @@ def build_worker(job: Job) -> "RolloutWorker":
         deadline=job.scoring.deadline,
         memory_bytes=job.scoring.memory_mb << 20,
         trusted=job.scoring.trusted,
-        on_timeout="stop" if job.run.lockstep else "unscored",
+        on_timeout="stop" if job.run.lockstep else "score",
     )
     return RolloutWorker(
         engine=engine,

@@ -107,11 +107,13 @@ class Buffer:
         refill: bool = False,
         min_spread: float = 0.0,
         lockstep: bool = False,
+        cohorts: int | None = None,
         clock: Callable[[], float],
     ):
         self._queue, self._clock = queue, clock
         self._P, self._S = tasks_per_update, staleness
         self._refill, self._min_spread, self._lockstep = refill, min_spread, lockstep
+        self._last = cohorts  # no more than these are ever admitted
         self._cohorts: deque[_Cohort] = deque()
         self._next_id = 0
         self._changed = asyncio.Condition()
@@ -148,11 +150,15 @@ class Buffer:
                 return cohort
             if self._lockstep and not self._complete(cohort):
                 return None
-        number = self.released + len(self._cohorts)
-        if len(self._cohorts) <= self._S:
-            self._cohorts.append(_Cohort(number))
+        if len(self._cohorts) < self._openable():
+            self._cohorts.append(_Cohort(self.released + len(self._cohorts)))
             return self._cohorts[-1]
         return None
+
+    def _openable(self) -> int:
+        """Cohorts that may be open now: S + 1, fewer at the end of the run."""
+        left = self._S + 1 if self._last is None else self._last - self.released
+        return min(self._S + 1, left)
 
     # -- arrival -----------------------------------------------------------------------------------
 
@@ -219,11 +225,15 @@ class Buffer:
             self._changed.notify_all()
 
     async def quiet(self) -> None:
-        """Waits until every open cohort is complete: in lockstep nothing runs at a publish."""
+        """Waits until every cohort that may be open is complete: in lockstep nothing runs at a
+        publish, and nothing that belongs to the version before is still to come."""
+
+        def all_there() -> bool:
+            complete = [self._complete(cohort) for cohort in self._cohorts]
+            return len(complete) == self._openable() and all(complete)
+
         async with self._changed:
-            await self._changed.wait_for(
-                lambda: self.closed or all(self._complete(cohort) for cohort in self._cohorts)
-            )
+            await self._changed.wait_for(lambda: self.closed or all_there())
 
     async def close(self) -> None:
         """No more admissions; whoever waits is told."""

@@ -142,7 +142,7 @@ class Scoring(Table):
     deadline: float = Field(
         10.0, gt=0, description="seconds for one reply, from the start of its judging"
     )
-    memory_mb: int = Field(2048, ge=64, description="address space of a judging process")
+    memory_mb: int = Field(4096, ge=64, description="address space of a judging process")
     trusted: bool = Field(True, description="false: only inside the sandbox")
     unscored_limit: float = Field(
         0.05, gt=0, le=1, description="share of failed judgements that pauses"

@@ -25,7 +25,7 @@ from rlpost.grpo.advantage import advantages, usefulness
 from rlpost.grpo.packing import pack
 from rlpost.health import Health
 from rlpost.metrics import RunMetrics
-from rlpost.policy.proof import Proof
+from rlpost.policy.proof import Proof, ProofReport
 from rlpost.preparation import Prepared
 from rlpost.rollout_worker import GroupOrder
 from rlpost.run_directory import RunDirectory
@@ -89,6 +89,7 @@ class Controller:
             refill=job.rollout.refill,
             min_spread=job.learner.min_spread,
             lockstep=job.run.lockstep,
+            cohorts=job.run.updates,
             clock=time.monotonic,
         )
         self._health = Health(
@@ -96,6 +97,7 @@ class Controller:
             non_finite_limit=job.health.non_finite_limit,
         )
         self._proof = Proof()
+        self._weakest: ProofReport | None = None  # of the last publish
         self._busy = {worker.name: 0 for worker in workers}
         self._learner_info: Mapping[str, Any] = {}
         self._version = 0  # of the learner
@@ -159,19 +161,20 @@ class Controller:
     async def _prove_canary(self) -> None:
         """A random, non-zero policy must be followed: LoRA starts at B = 0, so a no-op would pass
         without."""
-        announcement = await self._learner.canary(self._job.run.seed)
-        header = announcement[0]
-        learner = _CanaryLearner(self._learner, header)
+        header, payload = await self._learner.canary(self._job.run.seed)
         for worker in self._workers:
-            await worker.publish(*announcement)
+            await worker.publish(header, payload)
             report = await self._proof.prove_canary(
-                worker, learner, version=header.version, probes=self._prepared.probes
+                worker,
+                self._learner,
+                header.version,
+                self._prepared.probes,
+                expected=header.fingerprint,
             )
-            self._event("canary", worker=worker.name, **report.as_dict())
-            if not report.ok:
+            self._event("canary", worker=worker.name, **_plain(report))
+            if not report.holds:
                 raise ProofError(
-                    f"{worker.name} does not follow the learner: {report.reason};"
-                    " nothing was trained"
+                    f"{worker.name} does not follow the learner: {report}; nothing was trained"
                 )
 
     # -- the loops ---------------------------------------------------------------------------------
@@ -326,25 +329,31 @@ class Controller:
         began = time.monotonic()
         await asyncio.gather(*(worker.publish(*announcement) for worker in self._workers))
         published = time.monotonic()
+        header = announcement[0]
         reports = [
             await self._proof.prove(
-                worker, _Learner(self._learner, announcement[0]),
-                version=announcement[0].version, probes=self._prepared.probes,
+                worker,
+                self._learner,
+                header.version,
+                self._prepared.probes,
+                expected=header.fingerprint,
+                name=worker.name,
             )
             for worker in self._workers
-        ]  # fmt: skip
+        ]
         phases.publish += published - began
         phases.proof += time.monotonic() - published
+        self._weakest = min(reports, key=lambda report: report.power)
         self._metrics.published(
             seconds=published - began,
             proof_seconds=time.monotonic() - published,
-            slope=self._proof.slope.slope,
-            power=self._proof.slope.power,
+            slope=self._weakest.slope,
+            power=self._weakest.power,
         )
         return [
-            f"{worker.name}: {report.reason}"
+            f"{worker.name}: {report}"
             for worker, report in zip(self._workers, reports, strict=True)
-            if not report.ok
+            if not report.holds
         ]
 
     # -- after an update ---------------------------------------------------------------------------
@@ -434,8 +443,8 @@ class Controller:
             learning_rate=report.learning_rate,
             tokens=report.tokens,
             skipped=report.skipped,
-            proof_slope=self._proof.slope.slope,
-            proof_power=self._proof.slope.power,
+            proof_slope=self._weakest.slope if self._weakest else math.nan,
+            proof_power=self._weakest.power if self._weakest else 0.0,
             dropped=dict(self._buffer.dropped),
             seconds={
                 "update": seconds, "wait": phases.wait, "learn": phases.learn,
@@ -465,7 +474,6 @@ class Controller:
             "evals": self.progress.evals,
             "evals_without_gain": self._evals_without_gain,
             "buffer": self._buffer.state(),
-            "proof": self._proof.state(),
             "seconds": time.monotonic() - self._began,
         }
         await checkpoints.save(
@@ -487,7 +495,6 @@ class Controller:
         self._evals_without_gain = state["evals_without_gain"]
         self.progress.evals = [tuple(item) for item in state["evals"]]
         self.progress.best, self.progress.update = self._best, self._update
-        self._proof.restore(state["proof"])
         self._run.supersede_after(self._update)
         tasks = {task.id: task for task in self._prepared.train}
         self._again = self._buffer.restore(state["buffer"], tasks)
@@ -524,26 +531,15 @@ class Controller:
         self._run.append_event(kind, update=self._update, **fields)
 
 
-class _Learner:
-    """What a proof asks of the learner: the fingerprint of the announced version, and
-    log-probabilities."""
-
-    def __init__(self, learner: LearnerClient, header: Any):
-        self._learner, self._header = learner, header
-
-    async def fingerprint(self) -> Mapping[str, int]:
-        return self._header.fingerprint
-
-    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return await self._learner.logprobs(sequences)
-
-
-class _CanaryLearner(_Learner):
-    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return await self._learner.canary_logprobs(sequences)
-
-    async def start_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return await self._learner.logprobs(sequences)
+def _plain(report: ProofReport) -> dict[str, Any]:
+    return {
+        "version": report.version,
+        "holds": report.holds,
+        "problems": list(report.problems),
+        "slope": report.slope,
+        "power": report.power,
+        "verdict": report.verdict,
+    }
 
 
 def _nothing_to_learn(version: int) -> StepReport:

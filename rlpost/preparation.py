@@ -45,8 +45,10 @@ def open_env(job: Job) -> Env:
     UserErrors."""
     factory = plugins.resolve("rlpost.envs", job.environment.use, base_dir=job.folder)
     arguments = dict(job.environment.arguments)
-    if isinstance(arguments.get("path"), str):
-        arguments["path"] = str(job.beside(arguments["path"]))
+    for key in ("path", "prompt"):  # files of the job lie beside it
+        value = arguments.get(key)
+        if isinstance(value, str) and (key == "path" or job.beside(value).is_file()):
+            arguments[key] = str(job.beside(value))
     positional: list[Any] = []
     if job.data.train is not None:
         positional.append(read_tasks(job, job.data.train))

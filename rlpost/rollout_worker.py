@@ -7,12 +7,15 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from rlpost.engine.base import BASE_VERSION, Engine, Publication, Sampling
 from rlpost.env import Env
-from rlpost.policy.renderer import Renderer
-from rlpost.scoring.pool import ScoringPool
 from rlpost.types import Completion, Group, Message, Rollout, Score, Task, Trajectory
+
+if TYPE_CHECKING:
+    from rlpost.policy.renderer import Renderer
+    from rlpost.scoring.pool import ScoringPool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +87,13 @@ class RolloutWorker:
     """Samples groups, several at once, and publishes new versions to its engine in between."""
 
     def __init__(
-        self, *, engine: Engine, env: Env, pool: ScoringPool, renderer: Renderer, max_length: int
+        self,
+        *,
+        engine: Engine,
+        env: Env,
+        pool: "ScoringPool",
+        renderer: "Renderer",
+        max_length: int,
     ):
         self.engine, self._env, self._pool, self._renderer = engine, env, pool, renderer
         self._max_length = max_length

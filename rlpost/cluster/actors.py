@@ -11,6 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray reads these once, when it is imported
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
 import ray
 
 from rlpost import assembly
@@ -294,8 +297,6 @@ def check_resources(job: Job) -> None:
 
 def connect() -> None:
     """Joins the cluster of RAY_ADDRESS, else starts a private one on the loopback interface."""
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
