@@ -110,7 +110,7 @@ def _reader(path: Path) -> Callable[[Path, Complaints], Iterator[Row]]:
     }
     if not path.exists():
         there = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        cure = did_you_mean(path.name, there) or "paths are relative to the job file's folder"
+        cure = did_you_mean(path.name, there) or f"looked for {path.absolute()}"
         raise RowError("there is no such file", place=str(path), cure=cure)
     if path.is_dir():
         raise RowError("this is a folder, not a file of rows", place=str(path))
