@@ -50,7 +50,7 @@ def write(
     for name, data in files.items():
         _write_synced(partial / name, data)
     hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    _write_synced(partial / MANIFEST, _json({"format": FORMAT, "sha256": hashes}))
+    _write_synced(partial / MANIFEST, _json(_manifest(hashes)))
     _sync_folder(partial)
     if folder.exists():
         folder.rename(old)
@@ -76,9 +76,12 @@ class Checkpoint:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         manifest = self._parse(MANIFEST, self._bytes(MANIFEST))
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise CheckpointError(f"{self.folder / MANIFEST} is not of format {FORMAT}")
-        self.hashes: dict[str, str] = manifest["sha256"]
+        hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+        if manifest != _manifest(hashes):
+            raise CheckpointError(
+                f"{self.folder / MANIFEST} is damaged or of another format than {FORMAT}"
+            )
+        self.hashes: dict[str, str] = hashes
 
     def verify(self) -> None:
         """Reads and checks every file."""
@@ -115,6 +118,12 @@ class Checkpoint:
             return json.loads(data)
         except ValueError as error:
             raise CheckpointError(f"{self.folder / name} is not JSON: {error}") from error
+
+
+def _manifest(hashes: Any) -> dict[str, Any]:
+    """The manifest vouches for itself too, so that its own damage is not blamed on a file."""
+    own = hashlib.sha256(_json(hashes)).hexdigest()
+    return {"format": FORMAT, "sha256": hashes, "own_sha256": own}
 
 
 def _plain(content: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
