@@ -17,7 +17,7 @@ import jsonschema_rs
 from rlpost.errors import JobError, RowError
 from rlpost.types import Rollout, Score, Task
 from rlpost_rewards.schema_leaves import Leaves
-from rlpost_rewards.strict_json import StrictJSONError, check_choice, parse, unwrap
+from rlpost_rewards.strict_json import StrictJSONError, parse, unwrap
 
 DRAFTS = {
     "draft4": (jsonschema_rs.Draft4Validator, "http://json-schema.org/draft-04/schema#"),
@@ -66,11 +66,6 @@ def json_schema(
     Parts: parses, valid, leaves. Reason: ok, the word of `StrictJSONError`, or the first keyword
     that failed. Raises RowError for a row without a usable schema, JobError for a bad argument.
     """
-    try:
-        check_choice("thinking", thinking)
-        check_choice("fence", fence)
-    except ValueError as error:
-        raise JobError(f"json_schema: {error}") from None
     if task.schema is None:
         raise RowError(f"row {task.id} has no schema", cure="json_schema needs the column `schema`")
     try:

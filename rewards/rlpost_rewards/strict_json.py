@@ -11,6 +11,8 @@ import math
 import re
 from typing import Any
 
+from rlpost.errors import JobError
+
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 250  # jsonschema-rs takes 255 levels of Python objects
 WHITE_SPACE = " \t\r\n"  # JSON's own
@@ -62,8 +64,9 @@ def unwrap(reply: str, *, thinking: str = "strip", fence: str = "strip") -> str:
     "strip" takes them off; "punish" raises StrictJSONError("thinking") or ("fence") where there is
     one. A block that is opened and never closed always raises "open_thinking": there is no answer
     after it. Chat templates that put `<think>` into the prompt leave a reply with the closing tag
-    only; all before it is thinking.
+    only; all before it is thinking. Any other word for the two is a JobError.
     """
+    _check_choice("fence", fence)
     text = strip_thinking(reply, thinking=thinking)
     if not text.startswith("```"):
         return text
@@ -77,6 +80,7 @@ def unwrap(reply: str, *, thinking: str = "strip", fence: str = "strip") -> str:
 
 def strip_thinking(reply: str, *, thinking: str = "strip") -> str:
     """The reply after its leading think block, white space around it taken off; see `unwrap`."""
+    _check_choice("thinking", thinking)
     text = reply.strip(WHITE_SPACE)
     opened = text.startswith(_THINK_OPEN)
     # in {"tag": "</think>"} the tag is data: a closing tag alone counts where no JSON has begun
@@ -90,10 +94,9 @@ def strip_thinking(reply: str, *, thinking: str = "strip") -> str:
     return answer.strip(WHITE_SPACE)
 
 
-def check_choice(name: str, value: str) -> None:
-    """Raises ValueError unless `value` is "strip" or "punish", naming the argument."""
+def _check_choice(name: str, value: str) -> None:
     if value not in ("strip", "punish"):
-        raise ValueError(f'{name} = {value!r} is not known; write "strip" or "punish"')
+        raise JobError(f"{name} = {value!r} is not known", cure='write "strip" or "punish"')
 
 
 def _depth(text: str) -> int:
