@@ -146,6 +146,7 @@ class Stepper(ABC):
     def __init__(self, spec: EngineSpec):
         self.spec = spec
         self.version = BASE_VERSION
+        self.vocabulary = 0  # rows of the embedding, set by `open`
         self.counters: dict[str, float] = dict.fromkeys(
             ("prompt_tokens", "completion_tokens", "requests", "busy_seconds"), 0
         )
@@ -163,7 +164,7 @@ class Stepper(ABC):
 
     @abstractmethod
     def open(self) -> None:
-        """Loads the model as `BASE_VERSION`."""
+        """Loads the model as `BASE_VERSION` and sets `vocabulary`."""
 
     @abstractmethod
     def close(self) -> None:
@@ -256,6 +257,9 @@ class Stepper(ABC):
         if request.answer.cancelled():
             return
         request.served = self.find(version)
+        if strange := [token for token in request.prompt if not 0 <= token < self.vocabulary]:
+            # it would break the engine, on a GPU beyond repair
+            raise EngineError(f"token {strange[0]} is outside the vocabulary of {self.vocabulary}")
         self.admit(request)
         request.served.running += 1
         self.requests.add(request)

@@ -77,6 +77,7 @@ class _TransformersStepper(Stepper):
         )
         self._model = model.to(self._device).eval()
         self._names = list(model.state_dict())
+        self.vocabulary = model.get_input_embeddings().num_embeddings
 
     def close(self) -> None:
         self._model = self._batch = None
@@ -88,9 +89,6 @@ class _TransformersStepper(Stepper):
     # -- sampling ----------------------------------------------------------------------------------
 
     def admit(self, request: Request) -> None:
-        vocabulary = self._model.get_input_embeddings().num_embeddings
-        if not all(0 <= token < vocabulary for token in request.prompt):
-            raise EngineError(f"a token id is outside the vocabulary of {vocabulary}")
         self._waiting.append(request)
 
     def abort(self, request: Request) -> None:

@@ -66,6 +66,7 @@ class _VLLMStepper(Stepper):
                 torch._dynamo.config.disable = True
         self._tokenizer = AutoTokenizer.from_pretrained(self.spec.model)
         self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        self.vocabulary = self._llm.model_config.get_vocab_size()
         if self.spec.lora_rank:
             self._llm.collective_rpc("rlpost_bare_head")
 

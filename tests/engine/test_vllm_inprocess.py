@@ -29,7 +29,7 @@ if importlib.util.find_spec("vllm") is None:
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-# the hybrid needs torchvision in vLLM, which the CPU set leaves out: the transformers engine serves it
+# vLLM's hybrid needs torchvision, which the CPU set leaves out: the transformers engine serves it
 FAMILIES = ("qwen3", "qwen2", "llama", "gemma3")
 
 
@@ -77,7 +77,7 @@ class TestAdapters(AdapterContract):
     async def test_retired_adapters_leave_the_shared_memory(self, engine, fresh_model):
         for version in (40, 41, 42, 43):
             await engine.publish(adapter_publication(adapted(fresh_model(), seed=version), version))
-        folders = [path for path in Path("/dev/shm").glob("rlpost-*/v4[0-9]-*")]
+        folders = Path("/dev/shm").glob("rlpost-*/v4[0-9]-*")
         assert sorted(path.name.split("-")[0] for path in folders) == ["v42", "v43"]
 
 
