@@ -392,7 +392,7 @@ class Controller:
         self.progress.evals.append((self._update, value))
         self.progress.best = self._best
         self._run.append_evaluation(self._update, result.summary(), result.rollouts)
-        self._metrics.evaluated(result.score, result.metrics)
+        self._metrics.evaluated(result.score, result.metrics, update=self._update)
         self._event(
             "evaluated", score=result.score, metric=self._job.eval.metric, value=value,
             better=better, seconds=round(time.monotonic() - began, 2),
@@ -455,7 +455,8 @@ class Controller:
         self._metrics.updated(
             update=self._update, report=report, groups=groups, staleness=staleness,
             learner_wait=phases.wait, dropped=self._buffer.dropped, workers=statistics,
-            min_spread=self._job.learner.min_spread,
+            min_spread=self._job.learner.min_spread, seconds=seconds,
+            eta=(self._job.run.updates - self._update) * seconds,
         )  # fmt: skip
         progress = self.progress
         progress.update, progress.version, progress.reward = self._update, self._version, reward

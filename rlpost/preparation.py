@@ -66,6 +66,7 @@ def read_tasks(job: Job, path: str) -> list[Task]:
         id=data.id,
         schema=job.beside(data.answer_schema) if data.answer_schema else None,
         split_by=data.split_by,
+        prompt_place=data.prompt or "the prompt template",
     )
 
 

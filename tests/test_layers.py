@@ -25,7 +25,7 @@ ROOMS = {
     "workers": ["rollout_worker", "learner", "clients"],
     "loop": [
         *("checkpoints", "controller", "evaluation", "health"),
-        *("preparation", "assembly", "report"),
+        *("preparation", "assembly", "outcome", "report"),
     ],
     "doors": ["cluster", "cli", "compare", "sft", "service", "batch", "route"],
 }

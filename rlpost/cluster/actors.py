@@ -205,7 +205,7 @@ class ControllerActor:
         directory = RunDirectory(self._run_path)
         metrics = RunMetrics(job.run.name)
         address = metrics.serve(port=job.run.metrics_port)
-        directory.append_event("metrics", update=0, address=address)
+        directory.write_address(address)
         workers, learner = place(job, self._source)
         self._controller = Controller(
             prepared,
