@@ -66,7 +66,7 @@ def unwrap(reply: str, *, thinking: str = "strip", fence: str = "strip") -> str:
     after it. Chat templates that put `<think>` into the prompt leave a reply with the closing tag
     only; all before it is thinking. Any other word for the two is a JobError.
     """
-    _check_choice("fence", fence)
+    _check_argument("fence", fence)
     text = strip_thinking(reply, thinking=thinking)
     if not text.startswith("```"):
         return text
@@ -80,7 +80,7 @@ def unwrap(reply: str, *, thinking: str = "strip", fence: str = "strip") -> str:
 
 def strip_thinking(reply: str, *, thinking: str = "strip") -> str:
     """The reply after its leading think block, white space around it taken off; see `unwrap`."""
-    _check_choice("thinking", thinking)
+    _check_argument("thinking", thinking)
     text = reply.strip(WHITE_SPACE)
     opened = text.startswith(_THINK_OPEN)
     # in {"tag": "</think>"} the tag is data: a closing tag alone counts where no JSON has begun
@@ -94,9 +94,17 @@ def strip_thinking(reply: str, *, thinking: str = "strip") -> str:
     return answer.strip(WHITE_SPACE)
 
 
-def _check_choice(name: str, value: str) -> None:
+def check_choice(name: str, value: str) -> None:
+    """Raises ValueError unless `value` is "strip" or "punish", naming the argument."""
     if value not in ("strip", "punish"):
-        raise JobError(f"{name} = {value!r} is not known", cure='write "strip" or "punish"')
+        raise ValueError(f'{name} = {value!r} is not known; write "strip" or "punish"')
+
+
+def _check_argument(name: str, value: str) -> None:
+    try:
+        check_choice(name, value)
+    except ValueError as error:
+        raise JobError(str(error)) from None
 
 
 def _depth(text: str) -> int:
