@@ -177,6 +177,8 @@ def failure(error: BaseException, spec: RewardSpec) -> Verdict:
         return Verdict(status="error", detail=one_line(error, bare=True), cause="job")
     if isinstance(error, MemoryError):
         return Verdict(status="crashed", detail="out of memory: MemoryError")
+    if isinstance(error, BlockingIOError):  # what fork says at the process limit
+        return Verdict(status="crashed", detail=f"out of processes: {one_line(error)}")
     if isinstance(error, SystemExit | KeyboardInterrupt | GeneratorExit):
         return Verdict(status="crashed", detail=f"the reward called exit: {one_line(error)}")
     detail = one_line(error) + _place(error, spec)

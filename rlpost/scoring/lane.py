@@ -138,12 +138,19 @@ class Lane:
             job.failed_once[unit] = failed
             return
         if failed is not None and first is not None:
-            twice = failed.cause == first.cause == "reply" and failed.status == first.status
+            twice = failed.cause == first.cause == "reply" and _alike(failed, first)
             cause = "reply" if twice else "judge" if failed.cause == "reply" else failed.cause
             verdicts = [v if v.score else replace(v, cause=cause) for v in verdicts]
         del job.pending[unit]
         for index, verdict in enumerate(verdicts):
             job.verdicts[unit + index] = verdict
+
+
+def _alike(one: Verdict, other: Verdict) -> bool:
+    """The same failure: a time-out and a crash are two faces of using too much of the machine, and
+    which shows is chance; an exception and an impossible result are both the reward's own words."""
+    spent = ("timeout", "crashed")
+    return (one.status in spent) == (other.status in spent)
 
 
 class _Slot:
@@ -190,10 +197,10 @@ class _Slot:
             self._renew((job, unit), Verdict(status="timeout", detail=detail, seconds=running))
         elif running > 0.02:
             size, count = self.process.usage()
-            if size > self.lane.memory_bytes:
-                detail = f"out of memory: {size >> 20} MiB resident"
-            elif count > self.lane.process_limit:
+            if count > self.lane.process_limit:
                 detail = f"{count} processes, more than {self.lane.process_limit}"
+            elif size > self.lane.memory_bytes:
+                detail = f"out of memory: {size >> 20} MiB resident"
             else:
                 return
             self._renew((job, unit), Verdict(status="crashed", detail=detail, seconds=running))
