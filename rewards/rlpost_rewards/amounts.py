@@ -55,9 +55,9 @@ def _printed(text: str, decimal: str) -> frozenset[Decimal]:
 def read_amount(value: Any, *, decimal: str = "auto") -> frozenset[Decimal]:
     """The numbers that `value` may print, without currency; empty if it prints none.
 
-    Mostly one. A single mark followed by three digits ("1.234", "1,234") may divide thousands or
-    decimals, and both readings are given; `decimal` "." or "," says which mark is the decimal one.
-    JSON numbers are what they are.
+    Mostly one. "1,234" is thousands, but in "1.234" the point may divide thousands or decimals, and
+    both readings are given, so that it equals either print; `decimal` "." or "," says which mark
+    is the decimal one. JSON numbers are what they are.
     """
     if isinstance(value, bool):
         return frozenset()
@@ -130,4 +130,6 @@ def _readings(body: str, decimal: str) -> Iterator[Decimal]:
             continue
         if other in whole and whole.startswith("0"):
             continue  # "0,250" is a quarter: no thousands begin with zero
+        if decimal == "auto" and mark == "," and _THOUSANDS.fullmatch(body) and body[0] != "0":
+            continue  # a decimal comma before three digits is rarer than one that groups
         yield Decimal(f"{whole.replace(other, '') or '0'}.{fraction or '0'}")

@@ -20,7 +20,7 @@ from rlpost.errors import JobError
 from rlpost.types import JSON
 from rlpost_rewards.amounts import read_number
 from rlpost_rewards.dates import read_date
-from rlpost_rewards.fields import Field, fold, is_absent
+from rlpost_rewards.fields import Field, canonical, fold, is_absent
 
 Value = Decimal | str | list
 Names = Mapping[str, Field]
@@ -209,6 +209,8 @@ def _read(value: JSON, kind: Field | None) -> Value:
     if isinstance(value, list):
         inner = kind.items if kind and kind.items else kind
         return [_read(item, inner) for item in value]
+    if isinstance(value, Mapping):
+        return canonical(value)  # can be counted and compared, not added
     if kind is not None and kind.type == "date" and isinstance(value, str):
         return read_date(value, day_first=kind.day_first) or _undecided()
     numbers = read_number(value, decimal=kind.decimal if kind else ".")
