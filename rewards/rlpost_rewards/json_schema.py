@@ -33,6 +33,7 @@ DRAFTS = {
     ),
 }
 DEFAULT_DRAFT = "draft2020-12"
+_KNOWN_DRAFTS = f"one of {', '.join(DRAFTS)}"
 _BY_URI = {uri.partition("://")[2].rstrip("#"): name for name, (_, uri) in DRAFTS.items()}
 
 Schema = Mapping[str, Any] | bool
@@ -66,6 +67,9 @@ def json_schema(
     Parts: parses, valid, leaves. Reason: ok, the word of `StrictJSONError`, or the first keyword
     that failed. Raises RowError for a row without a usable schema, JobError for a bad argument.
     """
+    documents = read_remotes(remotes, base_dir)
+    if draft is not None and draft not in DRAFTS:
+        raise JobError(f"json_schema: draft = {draft!r} is not known", cure=_KNOWN_DRAFTS)
     if task.schema is None:
         raise RowError(f"row {task.id} has no schema", cure="json_schema needs the column `schema`")
     try:
@@ -73,7 +77,7 @@ def json_schema(
             task.schema,
             draft=task.meta.get("draft") or draft,
             formats=formats,
-            remotes=read_remotes(remotes, base_dir),
+            remotes=documents,
         )
     except SchemaError as error:
         raise RowError(f"row {task.id}: {error}", cure="correct its schema") from None
@@ -157,7 +161,7 @@ def draft_of(schema: Schema, draft: str | None = None) -> str:
     """The draft's name: the schema's own, else `draft`, else 2020-12. Raises SchemaError if `draft`
     is none of DRAFTS."""
     if draft is not None and draft not in DRAFTS:
-        raise SchemaError(f"draft {draft!r} is not known (known: {', '.join(DRAFTS)})")
+        raise SchemaError(f"draft {draft!r} is not known, {_KNOWN_DRAFTS}")
     meta = schema.get("$schema") if isinstance(schema, Mapping) else None
     if isinstance(meta, str):
         own = _BY_URI.get(meta.partition("://")[2].rstrip("#"))
@@ -235,4 +239,4 @@ def _retriever(remotes: Mapping[str, Any]):
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(getattr(error, "message", error)).split())[:300]

@@ -222,8 +222,12 @@ def test_bad_arguments_and_rows_are_named(tmp_path):
         scored(1, remotes="list.json", base_dir=str(tmp_path))
     with pytest.raises(JobError, match="thinking = 'drop'"):
         scored(1, thinking="drop")
-    with pytest.raises(RowError, match="draft3"):
+    with pytest.raises(JobError, match=r"draft3.*draft2019-09"):
         scored(1, draft="draft3")
+    with pytest.raises(RowError, match=r"row 7.*draft3"):
+        scored(1, meta={"draft": "draft3"})
+    with pytest.raises(JobError, match="nowhere"):  # the job's mistake comes before the row's
+        scored(1, None, remotes="nowhere.json")
     with pytest.raises(RowError, match="row 7 has no schema"):
         scored(1, None)
     with pytest.raises(RowError, match="row 7"):
