@@ -6,6 +6,7 @@ One engine per process: vLLM keeps its parallel state in module globals.
 
 import gc
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -139,6 +140,13 @@ class _VLLMStepper(Stepper):
     def load_adapter(self, publication: Publication, name: str) -> Any:
         from vllm.lora.request import LoRARequest
 
+        from rlpost.engine.vllm_weights import tensor_names
+
+        names = tensor_names(io.BytesIO(publication.payload))
+        if head := next(
+            (each for each in names if "lm_head" in each or "embed_tokens" in each), ""
+        ):
+            raise EngineError(f"this engine serves no adapter on the head or the embedding: {head}")
         folder = self._roomy_folder(len(publication.payload)) / name
         folder.mkdir(parents=True)
         (folder / "adapter_model.safetensors").write_bytes(publication.payload)

@@ -13,7 +13,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -77,9 +77,15 @@ def checkpoint_names(folder: str) -> set[str]:
     names: set[str] = set()
     for path in sorted(Path(folder).glob("*.safetensors")):
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            names |= json.loads(file.read(length)).keys() - {"__metadata__"}
+            names |= tensor_names(file)
     return names
+
+
+def tensor_names(file: BinaryIO) -> set[str]:
+    """Names of the tensors in an open safetensors file (format: 8 bytes of length, a JSON
+    header)."""
+    (length,) = struct.unpack("<Q", file.read(8))
+    return json.loads(file.read(length)).keys() - {"__metadata__"}
 
 
 class _Names:

@@ -30,7 +30,10 @@ if importlib.util.find_spec("vllm") is None:
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 # vLLM's hybrid needs torchvision, which the CPU set leaves out: the transformers engine serves it
-FAMILIES = ("qwen3", "qwen2", "llama", "gemma3")
+FAMILIES = [
+    "qwen3",
+    *(pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2", "llama", "gemma3")),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
