@@ -5,12 +5,14 @@ and the head stay out; lists such as q, k, v, o would miss three quarters of a h
 layers. Sources: LoRA Without Regret (all linears, rank 1 to 32 suffice for RL).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from rlpost.errors import ModelError
@@ -92,6 +94,7 @@ def attach(
         torch.manual_seed(seed)
         wrapped = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     _to_float32(wrapped)
+    make_lean(wrapped)
     return wrapped
 
 
@@ -132,6 +135,7 @@ def _load(model: nn.Module, folder: Path) -> Any:
             raise _misfit(folder, f"{name} is {found}, not {wanted}")
         with torch.no_grad():
             parameter.copy_(tensors[name])
+    make_lean(wrapped)
     return wrapped
 
 
@@ -148,6 +152,26 @@ def _to_float32(wrapped: nn.Module) -> None:
     for parameter in wrapped.parameters():
         if parameter.requires_grad and parameter.dtype not in wide:
             parameter.data = parameter.data.float()
+
+
+def make_lean(wrapped: nn.Module) -> None:
+    """Gives every adapted linear a forward pass that scales B, not the output: the same function,
+    the same B as is published, one pass less over each activation."""
+    for _, layer in layers(wrapped):
+        layer.forward = partial(_adapted, layer, layer.forward)
+
+
+def _adapted(layer: Any, plain: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+    if layer.disable_adapters or layer.merged:
+        return plain(x)
+    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+    base = layer.base_layer(x)
+    narrow = F.linear(x.to(a.dtype), a)
+    b = b * layer.scaling[ADAPTER]
+    if base.dtype != b.dtype or torch.is_autocast_enabled(x.device.type):
+        return base + F.linear(narrow, b).to(base.dtype)
+    flat = torch.addmm(base.flatten(0, -2), narrow.flatten(0, -2), b.T)
+    return flat.view(base.shape)
 
 
 def _short(model: nn.Module, wanted: list[str]) -> list[str]:

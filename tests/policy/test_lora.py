@@ -157,3 +157,22 @@ def test_an_untied_head_gets_its_adapter_when_asked(tmp_path):
         layer.lora_B["default"].weight.normal_()
         after = PolicyModel(wrapped.get_base_model()).forward(batch)[0]
     assert (before - after).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_lean_forward_pass_is_pefts_own(qwen3, dtype):
+    wrapped = lora.attach(load(qwen3, dtype=dtype), rank=4)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    policy, batch = PolicyModel(wrapped.get_base_model()), lay_out(SEQUENCES)
+    lean = policy.forward(batch)[0]
+    with wrapped.disable_adapter():
+        base = policy.forward(batch)[0]
+    for _, layer in lora.layers(wrapped):
+        del layer.forward
+    own = policy.forward(batch)[0]
+    tolerance = 1e-5 if dtype == "float32" else 0.2
+    assert (lean - own).abs().max() < tolerance < (lean - base).abs().max()
+    assert torch.equal(base, PolicyModel(load(qwen3, dtype=dtype)).forward(batch)[0])
