@@ -10,7 +10,7 @@ import difflib
 import inspect
 import json
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,9 @@ _UNREACHABLE = {
 failed and nothing about the reply. Python's own ConnectionError and TimeoutError count as well."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(
+    slots=True, kw_only=True
+)  # not frozen: one is made for every call, and that costs double
 class Verdict:
     """What one reward said about one rollout. `score` is set exactly when `status` is "ok".
 
@@ -62,6 +64,7 @@ class Judge:
         )
         _check_arguments(spec, function)
         self._function = function
+        self._plain_range = tuple(spec.range) == (0.0, 1.0)
         self._arguments = dict(spec.arguments)
         if "base_dir" in inspect.signature(function).parameters:  # paths in arguments are the job's
             self._arguments.setdefault("base_dir", spec.base_dir)
@@ -103,6 +106,8 @@ class Judge:
 
     def verdict(self, value: Any) -> Verdict:
         """A reward's result, validated: finite, a number, in range, with bearable parts."""
+        if self._plain_range and type(value) is Score and _is_plain(value):
+            return Verdict(status="ok", score=value)  # as it is nearly always
         try:
             score = as_score(value, range=self.spec.range)
             if len(score.parts) > PARTS_LIMIT:
@@ -123,10 +128,29 @@ class Judge:
         return [self.verdict(value) for value in values]
 
 
+def _is_plain(score: Score) -> bool:
+    """Whether `as_score` would return an equal score: plain finite floats in [0, 1], plain
+    words."""
+    value, parts, reason = score.value, score.parts, score.reason
+    if type(value) is not float or not 0.0 <= value <= 1.0 or type(parts) is not dict:
+        return False
+    if type(reason) is not str or len(reason) > TEXT_LIMIT or len(parts) > PARTS_LIMIT:
+        return False
+    for name, part in parts.items():
+        if type(name) is not str or type(part) is not float or part - part != 0.0:
+            return False  # infinity and NaN minus themselves are NaN
+    return True
+
+
 def load(spec: RewardSpec) -> Callable[..., Any]:
     """The function that `spec.use` names: a plugin, a TRL function made ours, or an OpenAI grader
     file."""
     if spec.use.endswith(".json"):
+        known = list(inspect.signature(graders.load).parameters)[1:]
+        if unknown := [name for name in spec.arguments if name not in known]:
+            raise PluginError(
+                f"a grader file has no argument {unknown[0]!r}", cure=f"it takes {', '.join(known)}"
+            )
         return graders.load(Path(spec.base_dir) / spec.use, **spec.arguments)
     function = plugins.resolve("rlpost.rewards", spec.use, base_dir=spec.base_dir)
     if isinstance(function, type):
@@ -215,48 +239,41 @@ def one_line(error: BaseException, *, bare: bool = False) -> str:
     return (text if bare and text else f"{name}: {text}" if text else name)[:TEXT_LIMIT]
 
 
-def dump(verdict: Verdict, seconds: float) -> list[Any]:
-    """A verdict as plain JSON values: what crosses from a scoring process to its parent."""
-    if verdict.score is None:
-        return [verdict.status, verdict.detail, verdict.cause, round(seconds, 6)]
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
+def dump(unit: int, verdict: Verdict, nanoseconds: int) -> list[Any]:
+    """The verdict on one unit as plain JSON values: what crosses from a scoring process to its
+    parent."""
     score = verdict.score
-    return [score.value, score.parts, score.reason, round(seconds, 6)]
+    if score is None:
+        return [unit, verdict.status, verdict.detail, verdict.cause, nanoseconds]
+    return [unit, score.value, score.parts, score.reason, nanoseconds]
 
 
-def parse(entry: Any) -> Verdict:
+def parse(entry: list[Any]) -> Verdict:
     """The verdict in `entry`, which came from a process that ran user code: everything is checked
-    again.
-
-    Raises ValueError for anything that `dump` would not have written.
-    """
-    if not isinstance(entry, list) or len(entry) != 4:
-        raise ValueError("a verdict is a list of four")
-    first, second, third, seconds = entry
-    if not isinstance(third, str) or not isinstance(seconds, int | float):
-        raise ValueError("a verdict holds a word and seconds")
-    if isinstance(first, str):
-        if first not in ("error", "timeout", "crashed", "invalid_result") or not isinstance(
-            second, str
-        ):
-            raise ValueError(f"unknown status {first[:20]!r}")
-        return Verdict(status=first, detail=second[:TEXT_LIMIT], cause=third, seconds=seconds)
-    if type(first) not in (int, float) or not 0.0 <= first <= 1.0:  # NaN fails the comparison too
-        raise ValueError("the value is not in [0, 1]")
-    if not isinstance(second, dict) or len(second) > PARTS_LIMIT:
-        raise ValueError("parts are a bounded object")
-    for part in second.values():
-        if type(part) not in (int, float) or not -1e300 < part < 1e300:
-            raise ValueError("a part is not a finite number")
-    score = Score(value=float(first), parts=second, reason=third[:TEXT_LIMIT])
-    return Verdict(status="ok", score=score, seconds=seconds)
+    again. Raises ValueError for anything that `dump` would not have written."""
+    _, first, second, third, nanoseconds = entry
+    if type(third) is not str or type(nanoseconds) is not int or not 0 <= nanoseconds < 1 << 60:
+        raise ValueError("a verdict holds a word and a time")
+    seconds = nanoseconds / 1e9
+    if type(first) is float:
+        if not 0.0 <= first <= 1.0:  # NaN fails the comparison too
+            raise ValueError("the value is not in [0, 1]")
+        if type(second) is not dict or len(second) > PARTS_LIMIT or len(third) > TEXT_LIMIT:
+            raise ValueError("parts and reason are bounded")
+        for part in second.values():
+            if type(part) is not float or part - part != 0.0:
+                raise ValueError("a part is not a finite number")
+        score = Score(value=first, parts=second, reason=third)
+        return Verdict(status="ok", score=score, seconds=seconds)
+    if first not in ("error", "timeout", "crashed", "invalid_result") or type(second) is not str:
+        raise ValueError("unknown status")
+    return Verdict(status=first, detail=second[:TEXT_LIMIT], cause=third, seconds=seconds)
 
 
 def to_frame(value: Any) -> bytes:
     """JSON bytes behind their length (4 bytes, little endian)."""
-    body = json.dumps(value, separators=(",", ":")).encode()
+    body = _encode(value).encode()
     return len(body).to_bytes(4, "little") + body
-
-
-def describe(arguments: Mapping[str, Any]) -> str:
-    """Arguments as one short line, for reports."""
-    return json.dumps(dict(arguments), default=str)[:TEXT_LIMIT]

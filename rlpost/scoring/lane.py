@@ -24,12 +24,10 @@ from typing import Any
 from rlpost.errors import RlpostError
 from rlpost.scoring.judge import Verdict, one_line, parse
 from rlpost.scoring.process import ScoringProcess
-from rlpost.scoring.worker import Item, Work
-from rlpost.types import Task
+from rlpost.scoring.worker import Item, Row, Work
 
-AHEAD = (
-    2  # jobs that a sync scorer holds: the one it works on, and the next, so that it never waits
-)
+AHEAD = 4  # quick jobs that a sync scorer holds, so that it never waits for its parent
+QUICK = 0.005  # seconds of a quick job; slower ones are held singly, for whoever is free next
 AT_ONCE = 32  # jobs in an async scorer
 BARREN_DEATHS = 3  # with no unit running, before a job is given up as the machine's failure
 STALL_GRACE = 30.0  # seconds without a sign beyond the deadline, before a scorer is taken for stuck
@@ -40,7 +38,7 @@ class Job:
     """One group on its way through a lane. `verdicts` is complete when `done` is set."""
 
     id: int
-    tasks: Sequence[Task]
+    tasks: Sequence[Row]
     items: Sequence[Item]
     done: asyncio.Future[None]
     pending: dict[int, int]  # unit -> how many verdicts it gives (1, or G for a group reward)
@@ -57,6 +55,10 @@ class Job:
         if self.barren_deaths:
             return untried[:1] or list(self.pending)[:1]
         return untried or list(self.pending)[: 1 if alone else None]
+
+    def seconds(self) -> float:
+        """What its calls took."""
+        return sum(verdict.seconds for verdict in self.verdicts.values())
 
     def retries_only(self) -> bool:
         """Whether every unit left has failed once."""
@@ -82,6 +84,7 @@ class Lane:
         self.calls: Counter[tuple[str, str]] = Counter()  # (reward, status) -> calls
         self.seconds: Counter[str] = Counter()
         self.restarts = 0
+        self.job_seconds = 0.0  # of late
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -99,7 +102,8 @@ class Lane:
 
     def feed(self) -> None:
         """Gives waiting jobs to slots with room, idle slots first."""
-        for room in range(1, AHEAD + 1):
+        ahead = AHEAD if self.job_seconds < QUICK else 1
+        for room in range(1, ahead + 1):
             for slot in self.slots:
                 limit = AT_ONCE if slot.process.is_async else room
                 while self.queue and slot.ready and len(slot.jobs) < limit:
@@ -126,24 +130,52 @@ class Lane:
                 if slot.ready and slot.jobs:
                     slot.watch()
 
-    def record(self, job: Job, unit: int, verdicts: Sequence[Verdict]) -> None:
-        """The outcome of one unit: final, or to be tried once more."""
-        spec = unit // len(job.items)
+    def record(self, job: Job, unit: int, verdict: Verdict) -> None:
+        """The outcome of a single reward's call: final, or to be tried once more."""
+        self._count(job, unit, verdict)
+        if verdict.score is None:
+            first = job.failed_once.get(unit)
+            if first is None and verdict.cause in ("reply", "judge"):
+                job.failed_once[unit] = verdict
+                return
+            verdict.cause = _cause(first, verdict)
+        del job.pending[unit]
+        job.verdicts[unit] = verdict
+
+    def record_group(self, job: Job, unit: int, verdicts: Sequence[Verdict]) -> None:
+        """The outcome of a group reward's call: one failed reply is enough to try it once more."""
         for verdict in verdicts:
-            self.calls[self.names[spec], verdict.status] += 1
-            self.seconds[self.names[spec]] += verdict.seconds
-        failed = next((v for v in verdicts if v.score is None), None)
+            self._count(job, unit, verdict)
+        failed = [verdict for verdict in verdicts if verdict.score is None]
         first = job.failed_once.get(unit)
-        if failed is not None and failed.cause in ("reply", "judge") and first is None:
-            job.failed_once[unit] = failed
+        if failed and first is None and failed[0].cause in ("reply", "judge"):
+            job.failed_once[unit] = failed[0]
             return
-        if failed is not None and first is not None:
-            twice = failed.cause == first.cause == "reply" and _alike(failed, first)
-            cause = "reply" if twice else "judge" if failed.cause == "reply" else failed.cause
-            verdicts = [v if v.score else replace(v, cause=cause) for v in verdicts]
+        for verdict in failed:
+            verdict.cause = _cause(first, verdict)
         del job.pending[unit]
         for index, verdict in enumerate(verdicts):
             job.verdicts[unit + index] = verdict
+
+    def fail(self, job: Job, unit: int, verdict: Verdict) -> None:
+        """The same failure for whatever `unit` would have judged."""
+        width = job.pending[unit]
+        if width == 1:
+            self.record(job, unit, replace(verdict))
+        else:
+            self.record_group(job, unit, [replace(verdict) for _ in range(width)])
+
+    def _count(self, job: Job, unit: int, verdict: Verdict) -> None:
+        name = self.names[unit // len(job.items)]
+        self.calls[name, verdict.status] += 1
+        self.seconds[name] += verdict.seconds
+
+
+def _cause(first: Verdict | None, second: Verdict) -> str:
+    """Whose failure it is after the retry: the same one twice is the reply's doing."""
+    if first is None or second.cause != "reply":
+        return second.cause
+    return "reply" if first.cause == "reply" and _alike(first, second) else "judge"
 
 
 def _alike(one: Verdict, other: Verdict) -> bool:
@@ -252,31 +284,29 @@ class _Slot:
         if job is None:
             return  # a job that was given up, or the last words of a dead scorer
         for entry in frame[2]:
-            if not isinstance(entry, list) or len(entry) != 5 or not isinstance(entry[0], int):
+            if type(entry) is not list or len(entry) != 5 or type(entry[0]) is not int:
                 raise ValueError("not a verdict of a unit")
-            self._on_verdict(job, entry[0], parse(entry[1:]))
+            verdict, unit = parse(entry), entry[0]
+            if job.pending.get(unit) == 1:
+                self.lane.record(job, unit, verdict)
+            else:
+                self._on_piece(job, unit, verdict)
         if frame[1]:
             self._on_done(job)
 
-    def _on_verdict(self, job: Job, unit: int, verdict: Verdict) -> None:
-        count = len(job.items)
-        base = unit if unit in job.pending else unit - unit % count
+    def _on_piece(self, job: Job, unit: int, verdict: Verdict) -> None:
+        """One of the G verdicts of a group reward; recorded when all are there."""
+        base = unit - unit % len(job.items)
         width = job.pending.get(base, 0)
         if not base <= unit < base + width:
-            return
-        if width == 1:
-            self.lane.record(job, unit, [verdict])
-            return
-        pieces = self._partial.setdefault(job.id, {})
+            return  # nobody waits for it
+        pieces = self._partial.setdefault((job.id, base), {})
         pieces[unit] = verdict
-        group = [pieces.get(base + k) for k in range(width)]
-        if all(group):
-            for k in range(width):
-                del pieces[base + k]
-            self.lane.record(job, base, [v for v in group if v])
+        if len(pieces) == width:
+            del self._partial[job.id, base]
+            self.lane.record_group(job, base, [pieces[base + k] for k in range(width)])
 
     def _on_done(self, job: Job) -> None:
-        self._partial.pop(job.id, None)
         if not job.pending:
             self._finish(job)
         elif self.ready:  # else the renewal that is under way sends it again
@@ -286,6 +316,7 @@ class _Slot:
     def _finish(self, job: Job) -> None:
         self.jobs.pop(job.id, None)
         self._unsent.discard(job.id)
+        self.lane.job_seconds += 0.2 * (job.seconds() - self.lane.job_seconds)
         if not job.done.done():
             job.done.set_result(None)
         self._renew_if_all_wait()
@@ -298,7 +329,7 @@ class _Slot:
     def _give_up(self, job: Job, verdict: Verdict) -> None:
         for unit in list(job.pending):
             job.failed_once[unit] = verdict  # no retry: nothing ran
-            self.lane.record(job, unit, [verdict] * job.pending[unit])
+            self.lane.fail(job, unit, verdict)
         self._finish(job)
 
     def _on_lost(self, how: str) -> None:
@@ -350,15 +381,14 @@ class _Slot:
     def _blame(self, blame: tuple[int, int] | None, verdict: Verdict) -> None:
         job = self.jobs.get(blame[0]) if blame else None
         if blame and job is not None and blame[1] in job.pending:
-            width = job.pending[blame[1]]
-            self.lane.record(job, blame[1], [verdict] * width)
+            self.lane.fail(job, blame[1], verdict)
             return
         if blame is not None or not self.jobs:
             return
         oldest = next(iter(self.jobs.values()))  # nothing was running, by the cell at least
         if oldest.barren_deaths and len(oldest.sent) == 1 and oldest.sent[0] in oldest.pending:
             unit = oldest.sent[0]  # it was sent alone, so its doing it was
-            self.lane.record(oldest, unit, [verdict] * oldest.pending[unit])
+            self.lane.fail(oldest, unit, verdict)
         oldest.barren_deaths += 1
         if oldest.barren_deaths > BARREN_DEATHS + 2 * len(oldest.items):
             self._give_up(oldest, replace(verdict, cause="judge"))

@@ -22,7 +22,7 @@ from rlpost.scoring import sandbox
 from rlpost.scoring.judge import Verdict
 from rlpost.scoring.lane import Job, Lane
 from rlpost.scoring.process import ScoringProcess
-from rlpost.scoring.worker import Item, Orders
+from rlpost.scoring.worker import Item, Orders, Row
 from rlpost.types import Rollout, Score, Task
 
 FAILURES_KEPT = 50
@@ -121,10 +121,11 @@ class ScoringPool:
             [verdicts[spec * count + index] for spec in range(len(self.specs))]
             for index in range(count)
         ]
-        for rollout, row in zip(rollouts, table, strict=True):
-            for spec, verdict in zip(self.specs, row, strict=True):
-                if verdict.score is None:
-                    self._note(spec, verdict, rollout.task)
+        if any(verdict.score is None for verdict in verdicts.values()):
+            for rollout, row in zip(rollouts, table, strict=True):
+                for spec, verdict in zip(self.specs, row, strict=True):
+                    if verdict.score is None:
+                        self._note(spec, verdict, rollout.task)
         return table
 
     def statistics(self) -> dict[str, Any]:
@@ -194,7 +195,7 @@ class ScoringPool:
         )
         return ScoringProcess(orders, start_timeout=self._start_timeout)
 
-    def _job(self, mine: Sequence[int], tasks: Sequence[Task], items: Sequence[Item]) -> Job:
+    def _job(self, mine: Sequence[int], tasks: Sequence[Row], items: Sequence[Item]) -> Job:
         count = len(items)
         pending: dict[int, int] = {}
         single = [spec for spec in mine if not self._kinds[spec][0]]
@@ -249,15 +250,17 @@ class ScoringPool:
             )
 
 
-def _stripped(rollouts: Sequence[Rollout]) -> tuple[list[Task], list[Item]]:
+def _stripped(rollouts: Sequence[Rollout]) -> tuple[list[Row], list[Item]]:
     """What rewards may see: the tasks, each once, and the rollouts without their tokens."""
-    tasks: list[Task] = []
+    rows: list[Row] = []
     places: dict[int, int] = {}
     items: list[Item] = []
     for rollout in rollouts:
-        place = places.get(id(rollout.task))
+        task = rollout.task
+        place = places.get(id(task))
         if place is None:
-            place = places[id(rollout.task)] = len(tasks)
-            tasks.append(rollout.task)
+            place = places[id(task)] = len(rows)
+            row = (task.id, task.messages, task.answer, task.schema, task.tools, task.images)
+            rows.append((*row, task.meta))
         items.append((place, rollout.reply, rollout.messages, rollout.stop_reason, rollout.info))
-    return tasks, items
+    return rows, items

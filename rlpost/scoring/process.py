@@ -202,7 +202,7 @@ class ScoringProcess:
         """Hands `work` to the scorer. Raises whatever pickle raises for values that cannot
         travel."""
         assert self._channel is not None, "renew() comes first"
-        self._channel.send(pickle.dumps(work, protocol=pickle.HIGHEST_PROTOCOL))
+        self._channel.send(pickle.dumps(tuple(work), protocol=pickle.HIGHEST_PROTOCOL))
 
     def usage(self) -> tuple[int, int]:
         """(resident bytes, processes) of the process and everything below it."""

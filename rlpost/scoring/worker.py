@@ -25,7 +25,7 @@ import struct
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlpost.errors import RlpostError
 from rlpost.reward import RewardSpec
@@ -52,15 +52,15 @@ class Orders:
 
 
 Item = tuple[int, str, Any, str, Any]  # task's index, reply, messages, stop reason, info
+Row = tuple[Any, ...]  # the fields of a Task, in their order: tuples travel faster than dataclasses
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class Work(NamedTuple):
     """One job on its way to a scorer. Units number the calls: spec * len(items) + item for a single
     reward, spec * len(items) for a group reward."""
 
     job: int
-    tasks: Sequence[Task]
+    tasks: Sequence[Row]
     items: Sequence[Item]
     units: Sequence[int]
     seconds: float  # of CPU that the units may use in all
@@ -72,8 +72,8 @@ class Cell:
     def __init__(self, fd: int):
         self._memory = mmap.mmap(fd, mmap.PAGESIZE)
 
-    def mark(self, job: int, unit: int) -> None:
-        CELL.pack_into(self._memory, 0, job, unit, time.monotonic_ns())
+    def mark(self, job: int, unit: int, now: int) -> None:
+        CELL.pack_into(self._memory, 0, job, unit, now)
 
     def clear(self) -> None:
         CELL.pack_into(self._memory, 0, 0, 0, 0)
@@ -264,31 +264,36 @@ class Scorer:
             return
 
     def _serve(self, channel: socket.socket) -> None:
+        """One call after the other. A call's end is the next one's start, and the cell is cleared
+        only before a send: what the parent is slow to take must not count as somebody's time."""
         while True:
-            work: Work = pickle.loads(receive(channel))
+            work = Work(*pickle.loads(receive(channel)))
             sandbox.limit_cpu(work.seconds)
             rollouts = _rollouts(work)
-            count = len(rollouts)
             entries: list[Any] = []
-            sent = time.monotonic_ns()
+            sent = start = time.monotonic_ns()
             for unit in work.units:
-                spec, index = divmod(unit, count)
-                judge = self.judges[spec]
-                self.cell.mark(work.job, unit)
-                start = time.monotonic_ns()
-                if judge.is_group:
-                    verdicts = judge.judge_group(work.tasks[0], rollouts)
-                else:
-                    rollout = rollouts[index]
-                    verdicts = [judge.judge(rollout.task, rollout)]
+                self.cell.mark(work.job, unit, start)
+                verdicts = self._call(unit, rollouts)
                 now = time.monotonic_ns()
-                self.cell.clear()
-                share = (now - start) / 1e9 / len(verdicts)
-                entries += [[unit + k, *dump(verdict, share)] for k, verdict in enumerate(verdicts)]
+                share = (now - start) // len(verdicts)
+                entries += [dump(unit + k, verdict, share) for k, verdict in enumerate(verdicts)]
                 if now - sent > FLUSH_NS:
+                    self.cell.clear()
                     channel.sendall(to_frame([work.job, 0, entries]))
-                    entries, sent = [], time.monotonic_ns()
+                    entries = []
+                    sent = now = time.monotonic_ns()
+                start = now
+            self.cell.clear()
             channel.sendall(to_frame([work.job, 1, entries]))
+
+    def _call(self, unit: int, rollouts: list[Rollout]) -> list[Verdict]:
+        spec, index = divmod(unit, len(rollouts))
+        judge = self.judges[spec]
+        if judge.is_group:
+            return judge.judge_group(rollouts[0].task, rollouts)
+        rollout = rollouts[index]
+        return [judge.judge(rollout.task, rollout)]
 
     async def _serve_async(self, channel: socket.socket) -> None:
         """Many jobs at once. A call that blocks the event loop is seen by the parent through the
@@ -301,7 +306,7 @@ class Scorer:
         while True:
             try:
                 size = int.from_bytes(await reader.readexactly(4), "little")
-                work: Work = pickle.loads(await reader.readexactly(size))
+                work = Work(*pickle.loads(await reader.readexactly(size)))
             except asyncio.IncompleteReadError:
                 return
             sandbox.limit_cpu(work.seconds * 4)
@@ -316,10 +321,10 @@ class Scorer:
 
         async def one(unit: int) -> None:
             async with gate:
-                start = time.monotonic()
+                start = time.monotonic_ns()
                 verdicts = await self._timed(work, unit, rollouts)
-                share = (time.monotonic() - start) / len(verdicts)
-            entries = [[unit + k, *dump(verdict, share)] for k, verdict in enumerate(verdicts)]
+                share = (time.monotonic_ns() - start) // len(verdicts)
+            entries = [dump(unit + k, verdict, share) for k, verdict in enumerate(verdicts)]
             writer.write(to_frame([work.job, 0, entries]))
 
         await asyncio.gather(*(one(unit) for unit in work.units))
@@ -331,13 +336,17 @@ class Scorer:
         judge = self.judges[spec]
         call: Awaitable[Any]
         if judge.is_group:
-            call, count = judge.judge_group_async(work.tasks[0], rollouts), len(rollouts)
+            call, count = judge.judge_group_async(rollouts[0].task, rollouts), len(rollouts)
         else:
             rollout = rollouts[index]
             call, count = judge.judge_async(rollout.task, rollout), 1
         try:
             async with asyncio.timeout(self.orders.deadline):
-                done = await _Stepped(call, lambda: self.cell.mark(work.job, unit), self.cell.clear)
+                done = await _Stepped(
+                    call,
+                    lambda: self.cell.mark(work.job, unit, time.monotonic_ns()),
+                    self.cell.clear,
+                )
         except TimeoutError:
             detail = f"no answer after {self.orders.deadline:g} s"
             done = [Verdict(status="timeout", detail=detail, cause="judge")] * count
@@ -368,9 +377,12 @@ class _Stepped:
 
 
 def _rollouts(work: Work) -> list[Rollout]:
+    tasks = [
+        Task(id=id, messages=messages, answer=answer, schema=schema, tools=tools, images=images,
+             meta=meta)
+        for id, messages, answer, schema, tools, images, meta in work.tasks
+    ]  # fmt: skip
     return [
-        Rollout(
-            task=work.tasks[task], reply=reply, messages=messages, stop_reason=reason, info=info
-        )
+        Rollout(task=tasks[task], reply=reply, messages=messages, stop_reason=reason, info=info)
         for task, reply, messages, reason, info in work.items
     ]
