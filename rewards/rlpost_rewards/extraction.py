@@ -164,7 +164,7 @@ def _score(plan: _Plan, reply: _Reply) -> Score:
         return Score(value=0.0, parts=parts, reason=reply.reason)
     credited = _credited(plan.credit, typed, exact)
     named = frozenset().union(*(rule.names for rule in plan.rules))
-    value = object_value(credited, plan.gold, reply.values, allowed=named)
+    value = object_value(plan.fields, credited, plan.gold, reply.values, allowed=named)
     if kept:
         # a rule weighs as much as a field, and pays only as far as the fields are right: numbers
         # that agree with each other but with nothing on the page must not be worth much

@@ -55,7 +55,7 @@ def _read(place: str, kind: JSON, day_first: bool) -> Field:
         raise JobError(
             f"extraction: field {place!r} has the unknown type {type_!r}", cure=_hint(type_, TYPES)
         )
-    known = _OPTIONS.get(type_, set()) | {"type"}
+    known = _OPTIONS.get(type_, set()) | {"type", "weight"}
     for name in options:
         if name not in known:
             raise JobError(
@@ -77,13 +77,11 @@ def _values_of(place: str, options: Mapping[str, JSON], day_first: bool) -> dict
             )
         values["decimal"] = options["decimal"]
     if "tolerance" in options:
-        tolerance = options["tolerance"]
-        if isinstance(tolerance, bool) or not isinstance(tolerance, int | float) or tolerance < 0:
-            raise JobError(
-                f"extraction: tolerance of field {place!r} is {tolerance!r}",
-                cure="write a number from 0 on, such as 0.01",
-            )
-        values["tolerance"] = Decimal(str(tolerance))
+        values["tolerance"] = Decimal(str(_number(place, options, "tolerance")))
+    if "weight" in options:
+        values["weight"] = float(_number(place, options, "weight"))
+        if not values["weight"]:
+            raise JobError(f"extraction: weight of field {place!r} is 0", cure="leave it out")
     if "values" in options:
         if not isinstance(options["values"], list) or not options["values"]:
             raise JobError(f"extraction: values of field {place!r} is no list of words")
@@ -101,6 +99,16 @@ def _values_of(place: str, options: Mapping[str, JSON], day_first: bool) -> dict
         else:
             values["items"] = _read(f"{place}[]", options.get("items", "text"), day_first)
     return values
+
+
+def _number(place: str, options: Mapping[str, JSON], name: str) -> int | float:
+    value = options[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e9:
+        raise JobError(
+            f"extraction: {name} of field {place!r} is {value!r}",
+            cure="write a number from 0 on, such as 0.01",
+        )
+    return value
 
 
 def fields_of_schema(schema: Mapping[str, Any], *, day_first: bool = False) -> Mapping[str, Field]:

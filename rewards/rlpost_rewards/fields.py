@@ -13,6 +13,7 @@
 | list | `items` (a type) matched optimally, or in place if `ordered`; F1 of the comparisons |
 | object | mean over its `fields`; where gold is a list, a list of such objects |
 
+Every type takes a `weight` in the mean (1 unless said otherwise).
 A gold date or amount that cannot be read as one is compared as text, all or nothing.
 """
 
@@ -42,6 +43,7 @@ class Field:
     """How one field is compared. Options that its type has no use for keep their defaults."""
 
     type: str
+    weight: float = 1.0
     day_first: bool = False
     decimal: str = "auto"
     tolerance: Decimal = Decimal(0)
@@ -104,13 +106,15 @@ def compare_fields(
 
 
 def object_value(
+    fields: Mapping[str, Field],
     scores: Mapping[str, float],
     gold: Mapping[str, JSON],
     predicted: Mapping[str, JSON],
     *,
     allowed: frozenset[str] = frozenset(),
 ) -> float:
-    """The mean of `scores`, times the precision of the keys: n of n + (keys nobody asked for).
+    """The mean of `scores` by the weights of `fields`, a key that nobody asked for counting as one
+    more field with a score of 0.
 
     A prediction that leaves out everything gold has is worth 0: rows with few values would
     otherwise pay for `{}`. Keys of gold and those in `allowed` are no surplus.
@@ -119,7 +123,8 @@ def object_value(
     if not scores or (asked and all(is_absent(predicted.get(name)) for name in asked)):
         return 0.0
     surplus = sum(key not in scores and key not in gold and key not in allowed for key in predicted)
-    return sum(scores.values()) / (len(scores) + surplus)
+    total = sum(fields[name].weight for name in scores)
+    return sum(fields[name].weight * score for name, score in scores.items()) / (total + surplus)
 
 
 def fold(text: str) -> str:
@@ -238,7 +243,8 @@ def _compare_object(kind: Field, gold: JSON, predicted: JSON) -> float:
         return 0.0
     if not kind.fields:
         return float(canonical(gold) == canonical(predicted))
-    return object_value(compare_fields(kind.fields, gold, predicted), gold, predicted)
+    scores = compare_fields(kind.fields, gold, predicted)
+    return object_value(kind.fields, scores, gold, predicted)
 
 
 def _compare_list(kind: Field, gold: JSON, predicted: JSON) -> float:

@@ -140,6 +140,10 @@ def test_a_value_may_hold_the_closing_tags():
     assert found(reply) == ([("book", {"seats": 2, "name": "a </function> b"})], 0)
 
 
+def test_an_untyped_value_loses_one_line_break_at_each_end_and_no_more():
+    assert found(XML.replace("\nAnn\n", "\n Ann\n\n"))[0][0][1]["name"] == " Ann\n"
+
+
 def test_json_values_are_never_coerced():
     reply = HERMES.replace("2", '"2"')
     assert found(reply) == ([("book", {"seats": "2", "name": "Ann"})], 0)

@@ -73,6 +73,12 @@ def test_the_value_is_the_mean_of_typed():
     assert score.reason == "wrong_values"
 
 
+def test_a_field_may_weigh_more_than_others():
+    fields = {**FIELDS, "total": {"type": "amount", "weight": 5}}
+    assert judged({**GOLD, "total": "1.00"}, fields=fields).value == pytest.approx(3 / 8)
+    assert judged(GOLD, fields=fields).value == 1.0
+
+
 def test_credit_can_be_given_for_exact_strings():
     reply = {**GOLD, "date": "2018-10-19", "total": "1.00"}
     assert judged(reply).value == 0.75

@@ -44,6 +44,8 @@ def holds(rule: str, row=ROW):
         "(net + 12) / 2 * 2 - 6 == total",
         "-net < 0",
         "start < end",
+        "net <= 1000",
+        "net >= 1000",
         "start != end",
         "`grand total` == 7",
         "min(items.amount) * 2 == 8",

@@ -17,6 +17,8 @@ from rlpost.errors import JobError
         ({"items": {"type": "list", "items": "lines"}}, ["'items[]'", "'lines'"]),
         ({"items": {"type": "list", "fields": {"p": "amt"}}}, ["'items.p'", "'amt'"]),
         ({"state": {"type": "enum", "values": []}}, ["values", "'state'"]),
+        ({"total": {"type": "amount", "weight": 0}}, ["weight", "'total'"]),
+        ({"total": {"type": "amount", "weight": -1}}, ["weight", "'total'"]),
         ({}, ["empty"]),
         (5, ["int"]),
         ({"total": 5}, ["'total'"]),

@@ -190,6 +190,7 @@ def test_a_plain_list_is_no_list_of_alternatives():
 
 
 def test_several_types_are_several_types():
+    assert route({"to": ["x"], "km": [5.0]}, {"to": "x", "km": 5}) == 1.0
     for right in (5, 5.0, None):
         assert route({"to": ["x"], "km": [5, None]}, {"to": "x", "km": right}) == 1.0
     assert route({"to": ["x"], "km": [5, None]}, {"to": "x", "km": "5"}) <= 0.5
@@ -255,6 +256,33 @@ def test_the_reason_says_what_went_wrong(reply, reason):
         answer={"calls": [{"name": "geo.route", "arguments": {"to": ["x"]}}]},
     )
     assert judged(task, reply).reason == reason
+
+
+def test_a_broken_call_costs_what_a_wrong_one_does():
+    answer = {"calls": [{"name": "geo.route", "arguments": {"to": ["x"]}}]}
+    task = Task(id="1", messages=[], tools=[TOOL], answer=answer)
+    whole = written([{"name": "geo.route", "arguments": {"to": "x"}}])
+    assert judged(task, whole + "<tool_call>").parts["matched"] == pytest.approx(4 / 5)
+    assert judged(task, whole + "<tool_call>").parts["decodes"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("None of the tools can do that.", 1.0),
+        ("", 0.0),
+        ("?!", 0.0),
+        ("geo.route(to='x')", 0.0),
+        ('{"name": "geo.route", "argu', 0.0),
+        ("<tool_call>", 0.0),
+        (written([{"name": "geo.route", "arguments": {}}]), 0.0),
+        ("<think>No.</think>", 0.0),
+        ("<think>geo.route(to='x')?</think>No tool can.", 1.0),
+    ],
+)
+def test_where_no_call_is_right_only_words_are(reply, right):
+    task = Task(id="1", messages=[], tools=[TOOL], answer={"calls": []})
+    assert value(task, reply) == right
 
 
 def test_a_flood_of_calls_is_cheap_and_worth_little():
