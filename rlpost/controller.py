@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,7 @@ class Controller:
         self._best: tuple[int, float] | None = None
         self._evals_without_gain = 0
         self._stopping = False
+        self._settled = False  # learner, buffer and counters speak of the same update
         self._samplers: set[asyncio.Task[None]] = set()
         self._again: list[Ticket] = []  # groups that a checkpoint had in flight
         self._failure: asyncio.Future[None] | None = None
@@ -130,7 +131,8 @@ class Controller:
         """Ends after the update in hand, with a checkpoint."""
         self._stopping = True
         self._event("stopping")
-        await self._buffer.close()
+        if not self._job.run.lockstep or self._settled:
+            await self._buffer.close()  # in lockstep an update in hand waits for its groups
 
     # -- start -------------------------------------------------------------------------------------
 
@@ -155,8 +157,10 @@ class Controller:
         await self._prove_canary()
         await self._publish(Phases())
         self._buffer.version = self._version
+        self._settled = True
         if not resume:
             await self._evaluate()
+            await self._save()  # the start policy may stay the best, and a kill may come early
 
     async def _prove_canary(self) -> None:
         """A random, non-zero policy must be followed: LoRA starts at B = 0, so a no-op would pass
@@ -196,8 +200,9 @@ class Controller:
                     raise task.exception()  # type: ignore[misc]
         finally:
             await self._buffer.close()
-            for task in (feed, ticks, train, *self._samplers):
+            for task in (feed, ticks, *self._samplers):
                 task.cancel()
+            # the update in hand ends first: saved in its midst, its groups would be trained twice
             await asyncio.gather(feed, ticks, train, *self._samplers, return_exceptions=True)
 
     async def _feed(self) -> None:
@@ -227,7 +232,7 @@ class Controller:
         finally:
             self._busy[worker.name] -= 1
         self._metrics.collected(group)
-        self._health.after_group(group)
+        self._watch(self._health.after_group, group)
         await self._buffer.put(ticket, group)
 
     def _order(self, ticket: Ticket) -> GroupOrder:
@@ -266,6 +271,7 @@ class Controller:
             if groups is None:
                 break
             phases.wait = time.monotonic() - began
+            self._settled = False
             report = await self._learn(groups, phases)
             if self._job.run.lockstep:
                 await self._buffer.quiet()
@@ -277,9 +283,10 @@ class Controller:
             )
             await self._buffer.release(version=self._version)
             self._update += 1
+            self._settled = True
             await self._record(groups, report, phases, staleness, time.monotonic() - began)
-            self._health.after_update(report)
-            if not await self._after_update():
+            self._watch(self._health.after_update, report)
+            if self._failing or not await self._after_update():
                 break
 
     async def _learn(self, groups: Sequence[Group], phases: Phases) -> StepReport:
@@ -356,6 +363,20 @@ class Controller:
             if not report.holds
         ]
 
+    @property
+    def _failing(self) -> bool:
+        return self._failure is not None and self._failure.done()
+
+    def _watch(self, check: Callable[[Any], None], what: Any) -> None:
+        """Health's look at a group or an update; what is critical pauses, or is only written
+        down."""
+        try:
+            check(what)
+        except RunError as error:
+            if self._job.health.on_critical == "pause":
+                raise
+            self._event("critical", error=type(error).__name__, reason=str(error))
+
     # -- after an update ---------------------------------------------------------------------------
 
     async def _after_update(self) -> bool:
@@ -384,7 +405,7 @@ class Controller:
             metrics=self._task_metrics,
         )
         value = self._eval_value(result)
-        better = self._best is None or value > self._best[1]
+        better = not math.isnan(value) and (self._best is None or value > self._best[1])
         if better:
             self._best, self._evals_without_gain = (self._update, value), 0
         else:
@@ -506,6 +527,7 @@ class Controller:
     async def _finish(self) -> None:
         if self._stopping:
             await self._save()
+            self._phase("stopped")
             return
         self._phase("done")
         self._event("finished", best=self._best)
@@ -514,9 +536,15 @@ class Controller:
         """Keeps what was done; the cause stands in the events."""
         self._phase("paused")
         self._event("paused", error=type(error).__name__, reason=str(error))
-        if self._learner_info and self._update:
+        if self._resumable():
             with contextlib.suppress(RunError, OSError):  # the first error is the one to report
                 await self._save()
+
+    def _resumable(self) -> bool:
+        """Whether a checkpoint of this moment would resume as if nothing had happened; otherwise
+        the last one is where the run goes on."""
+        exact = all(ticket.version == self._version for ticket in self._buffer.running())
+        return self._settled and (exact or not self._job.run.lockstep)
 
     async def _stop_workers(self) -> None:
         stops = [worker.stop() for worker in self._workers] + [self._learner.stop()]

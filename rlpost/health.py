@@ -34,8 +34,10 @@ class Health:
             share = reasons.total() / len(self._statuses)
             if share > self._unscored_limit:
                 top, _ = reasons.most_common(1)[0]
+                seen = len(self._statuses)
+                self._statuses.clear()  # where the run goes on, the next window starts afresh
                 raise ScoringError(
-                    f"{share:.0%} of the last {len(self._statuses)} rollouts {kind}"
+                    f"{share:.0%} of the last {seen} rollouts {kind}"
                     f" (limit {self._unscored_limit:.0%}); most often: {top}"
                 )
 
@@ -43,8 +45,9 @@ class Health:
         """Too many updates in a row whose loss or gradient was not finite: NonFiniteError."""
         self._skipped = self._skipped + 1 if "finite" in report.skipped else 0
         if self._skipped >= self._non_finite_limit:
+            skipped, self._skipped = self._skipped, 0
             raise NonFiniteError(
-                f"{self._skipped} updates in a row were skipped ({report.skipped}); lower"
+                f"{skipped} updates in a row were skipped ({report.skipped}); lower"
                 " learner.learning_rate, or look at the rewards of these updates in rollouts/"
             )
 
