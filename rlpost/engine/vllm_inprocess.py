@@ -69,7 +69,7 @@ class _VLLMStepper(Stepper):
         self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
         self.vocabulary = self._llm.model_config.get_vocab_size()
         if self.spec.lora_rank:
-            self._llm.collective_rpc("rlpost_bare_head")
+            self._llm.collective_rpc("rlpost_prepare_adapters")
 
     def close(self) -> None:
         if self._folder is None:  # it was another engine that held the process

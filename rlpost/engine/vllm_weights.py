@@ -21,6 +21,7 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+from rlpost.engine.vllm_lora_cpu import group_products
 from rlpost.policy.proof import BASE, bit_sum
 
 _CHUNK = 512  # unit vectors applied at once
@@ -32,15 +33,17 @@ class WeightsExtension:
     model_runner: Any
     vllm_config: Any
 
-    def rlpost_bare_head(self) -> None:
-        """Takes the adapter wrapper off the head, which no policy of ours adapts. It costs a
-        product at every step, and scoring fails in it: it maps rows to adapters by sampled tokens
-        only."""
-        model = self.model_runner.get_model()
-        for module in list(model.modules()):
+    def rlpost_prepare_adapters(self) -> None:
+        """Once, before the first request. Takes the adapter wrapper off the head, which no policy
+        of ours adapts: it costs a product at every step, and scoring fails in it, because it maps
+        rows to adapters by sampled tokens only. On the CPU gives the rest products that are right
+        and fast.
+        """
+        for module in list(self.model_runner.get_model().modules()):
             wrapped = getattr(module, "logits_processor", None)
             if isinstance(wrapped, BaseLayerWithLoRA):
                 module.logits_processor = wrapped.base_layer
+        group_products(self.model_runner.lora_manager._adapter_manager)
 
     def rlpost_reload(self, path: str) -> list[str]:
         """Replaces every weight by the safetensors file at `path`, in place; returns the names

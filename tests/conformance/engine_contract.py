@@ -219,6 +219,20 @@ class AdapterContract:
         assert all(completion.versions == [(0, 7)] for completion in later)
         assert [c.token_ids for c in later] != [c.token_ids for c in alone]
 
+    async def test_versions_that_share_a_step_do_not_mix(self, engine, fresh_model):
+        for version in (7, 8, 9):  # every slot was filled: the base must not get what is in one
+            await engine.publish(adapter_publication(adapted(fresh_model(), seed=version), version))
+        versions = (BASE_VERSION, 8, 9)
+        alone = [await sample(engine, PROMPTS[:3], version=version) for version in versions]
+        together = await asyncio.gather(
+            *(sample(engine, PROMPTS[:3], version=version) for version in versions)
+        )
+        for one, other in zip(alone, together, strict=True):
+            assert [c.token_ids for c in one] == [c.token_ids for c in other]
+            assert [c.versions for c in one] == [c.versions for c in other]
+            for a, b in zip(one, other, strict=True):
+                assert a.logprobs == pytest.approx(b.logprobs, abs=1e-4)
+
     async def test_only_the_newest_versions_are_kept(self, engine, fresh_model):
         for version in (10, 11, 12):
             await engine.publish(adapter_publication(adapted(fresh_model(), seed=version), version))
