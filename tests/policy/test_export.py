@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -123,3 +126,54 @@ def test_an_export_can_be_made_again(trained, base, tmp_path):
     _, checkpoint = trained
     first = export(checkpoint, base, tmp_path / "out")
     assert export(checkpoint, base, tmp_path / "out") == first
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["merged", "adapter"])
+def test_plain_vllm_loads_what_was_exported(base, tmp_path, what):
+    """In a process of its own, with vLLM's own classes: nothing of rlpost helps it."""
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    learner = Learner(LearnerSpec(model=str(base), rank=8))
+    learner.start()
+    learner.canary(seed=2)
+    with torch.no_grad():
+        for name, parameter in learner._trained.items():
+            parameter.copy_(learner._canary[name])
+    export(learner.save(tmp_path / "learner"), base, tmp_path / "out")
+    replies = plain_vllm(tmp_path / "out/merged" if what == "merged" else base, tmp_path, what)
+    for ids, (tokens, found) in zip(PROBES, replies, strict=True):
+        assert len(tokens) == 8
+        assert learner.logprobs([ids + tokens])[0][-8:] == pytest.approx(found, abs=1e-4)
+
+
+PLAIN_VLLM = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+model, adapter, probes = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+llm = LLM(model, dtype="float32", enforce_eager=True, max_model_len=256, seed=0,
+          kv_cache_memory_bytes=64 << 20, enable_lora=bool(adapter), max_lora_rank=8)
+request = LoRARequest("exported", 1, adapter) if adapter else None
+outputs = llm.generate([{"prompt_token_ids": ids} for ids in probes],
+                       SamplingParams(max_tokens=8, logprobs=0, temperature=0, ignore_eos=True),
+                       lora_request=request, use_tqdm=False)
+replies = [(list(o.outputs[0].token_ids), o.outputs[0].logprobs) for o in outputs]
+print("FOUND", json.dumps([
+    [tokens, [row[token].logprob for row, token in zip(rows, tokens)]] for tokens, rows in replies
+]))
+"""
+
+
+def plain_vllm(model, folder, what):
+    adapter = str(folder / "out/adapter") if what == "adapter" else ""
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_VLLM, str(model), adapter, json.dumps(PROBES)],
+        env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-2000:]
+    return json.loads(lines[0].removeprefix("FOUND "))
