@@ -63,8 +63,6 @@ class Document:
 
 SHARES = {"receipt": 0.88, "label": 0.04, "call": 0.04, "sum": 0.04}
 
-LONG = 0.03  # share of receipts with many lines: positions have to be learned, too
-
 INSTRUCTIONS = (
     PROMPT,
     PROMPT,
@@ -78,8 +76,9 @@ BEFORE = ("Here is the JSON:\n", "Sure! ", "The receipt shows: ", "Answer: ")
 AFTER = ("\nThank you", "\nLet me know if you need more.", " (from the receipt)", "\n\n{}")
 
 
-def draw_document(seed: int, index: int, *, habits: Habits) -> Document:
-    """Document number `index` of the corpus `seed`: the same on every machine."""
+def draw_document(seed: int, index: int, *, habits: Habits, long_share: float = 0.0) -> Document:
+    """Document number `index` of the corpus `seed`: the same on every machine. A share of the
+    receipts has many lines where far positions are to be learned, too."""
     rng = random.Random(f"document/{seed}/{index}")
     kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
     if kind == "label":
@@ -91,10 +90,13 @@ def draw_document(seed: int, index: int, *, habits: Habits) -> Document:
     if kind == "call":
         messages, tools, reply = draw_call(rng)
         return Document(kind=kind, messages=messages, tools=tools, reply=reply)
-    return draw_receipt_document(seed, index, rng, habits)
+    lines = rng.randint(6, 50) if long_share and rng.random() < long_share else None
+    return draw_receipt_document(seed, index, rng, habits, lines)
 
 
-def draw_receipt_document(seed: int, index: int, rng: random.Random, habits: Habits) -> Document:
+def draw_receipt_document(
+    seed: int, index: int, rng: random.Random, habits: Habits, lines: int | None
+) -> Document:
     """A receipt, a question about some of its fields and one annotator's reply."""
     asked = list(DEFAULT_FIELDS)
     if rng.random() < 0.25:
@@ -104,7 +106,7 @@ def draw_receipt_document(seed: int, index: int, rng: random.Random, habits: Hab
         index,
         vendors=10**9,
         with_address="address" in asked,
-        lines=rng.randint(6, 50) if rng.random() < LONG else None,
+        lines=lines,
     )
     question = rng.choice(INSTRUCTIONS).format(fields=name_fields(asked), text=receipt.text)
     return Document(

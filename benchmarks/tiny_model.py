@@ -93,6 +93,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--judged", type=int, default=256, help="receipts of the final evaluation")
     parser.add_argument("--judge-seed", type=int, default=900_001)
     parser.add_argument("--processes", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--long-share", type=float, default=0.0, help="of receipts of many lines")
     parser.add_argument("--compile", action="store_true", help="torch.compile the trunk")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     for habit in fields(Habits):
@@ -181,7 +182,13 @@ def encode_corpus(tokenizer: Tokenizer, arguments: argparse.Namespace, habits: H
     """All documents in order, drawn and encoded by several processes."""
     size = 2000
     jobs = [
-        (tokenizer.to_str(), arguments.seed, habits, start, min(start + size, arguments.documents))
+        (
+            tokenizer.to_str(),
+            arguments.seed,
+            habits,
+            arguments.long_share,
+            range(start, min(start + size, arguments.documents)),
+        )
         for start in range(0, arguments.documents, size)
     ]
     if arguments.processes == 1:
@@ -193,10 +200,10 @@ def encode_corpus(tokenizer: Tokenizer, arguments: argparse.Namespace, habits: H
 
 
 def _encode_range(
-    tokenizer_json: str, seed: int, habits: Habits, first: int, last: int
+    tokenizer_json: str, seed: int, habits: Habits, long_share: float, numbers: range
 ) -> list[tuple[list[int], int]]:
     tokenizer = Tokenizer.from_str(tokenizer_json)
-    drawn = (draw_document(seed, index, habits=habits) for index in range(first, last))
+    drawn = (draw_document(seed, n, habits=habits, long_share=long_share) for n in numbers)
     encoded = (encode(tokenizer, document) for document in drawn)
     return [(ids, reply) for ids, reply in encoded if len(ids) <= LONGEST]
 

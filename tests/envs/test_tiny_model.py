@@ -231,3 +231,13 @@ def test_batches_learn_each_reply_from_the_token_before_it_and_stay_within_their
         if len(seen) >= 100:
             break
     assert sorted(seen[:100]) == list(range(100))
+
+
+@pytest.mark.slow
+def test_the_shipped_tokenizer_is_what_the_script_makes_today():
+    from tiny_model import VOCABULARY
+    from tiny_tokenizer import train_tokenizer
+
+    documents = (draw_document(7, index, habits=Habits()) for index in range(20_000))
+    made = train_tokenizer(documents, entries=VOCABULARY)
+    assert json.loads(made.to_str()) == json.loads((MODEL / "tokenizer.json").read_text())
