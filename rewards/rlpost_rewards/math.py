@@ -16,7 +16,7 @@ from typing import Any
 
 from rlpost.errors import JobError, RowError
 from rlpost.types import Rollout, Score, Task
-from rlpost_rewards.numbers import last_number, read_number
+from rlpost_rewards.numbers import last_number, read_quantity
 from rlpost_rewards.strict_json import StrictJSONError, strip_thinking
 
 DEFAULT_PRECISION = 6  # decimals, math-verify's own default
@@ -25,6 +25,8 @@ _DELIMITERS = ("$", "\\(", "\\[", "\\boxed")
 _POWER = r"(?:\^|(?<=[0-9)])\s*\*\*(?=\s*[0-9(]))[\s{(]*"
 _TOWER = re.compile(rf"{_POWER}([0-9]+)\s*{_POWER}([0-9]+)")
 _LONG_TOWER = re.compile(rf"(?:{_POWER}[0-9]+\s*){{4,}}")
+_MIXED = re.compile(r"(-?)([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})")
+_ARITHMETIC = re.compile(r"-?[0-9][0-9.\s+*/^()-]*%?|-?[0-9]+,[0-9]+|\([0-9.\s+*/^()-]+\)")
 _CLOSING = re.compile(r"(?i:final answer is)[:\s]*([^\n]{1,200}?)\.?\s*I hope it is correct")
 _LARGE = re.compile(rf"{_POWER}[0-9]{{6,}}|(?:{_POWER}[0-9]+|[0-9]{{5,}})[\s)}}]*!|!\s*!")
 
@@ -122,11 +124,11 @@ def _compare_directly(gold: str, reply: str, answer: str | None, digits: int) ->
     """The verdict where both sides are plain numbers or the same text; None where they are not."""
     if answer is not None and answer == gold.strip("$"):
         return True
-    gold_number = read_number(gold)
+    gold_number = read_quantity(gold)
     if gold_number is None:
         return None
     if answer is not None:
-        number = read_number(answer)
+        number = read_quantity(answer)
         if number is None and "\\" not in answer and "####" in reply:
             number = last_number(answer)
     else:
@@ -171,9 +173,10 @@ def _explodes(text: str) -> bool:
 def _verify(gold: str, text: str, digits: int, relations: bool) -> tuple[bool, bool]:
     """(extracted, correct) by math-verify, in the order (gold, prediction): it is not symmetric."""
     parsed_gold = _parsed_gold(gold)
+    text = _unmixed(text.strip())
     readings = [text]
     bare = not any(mark in text for mark in _DELIMITERS)
-    if bare and read_number(gold) is None and "\n" not in text and len(text) <= 200:
+    if bare and read_quantity(gold) is None and "\n" not in text and len(text) <= 200:
         readings.append(f"${text}$")  # an expression written without delimiters
     extracted = False
     for reading in readings:
@@ -186,10 +189,20 @@ def _verify(gold: str, text: str, digits: int, relations: bool) -> tuple[bool, b
 
 @lru_cache(maxsize=256)
 def _parsed_gold(gold: str) -> list[Any]:
-    bare = not any(mark in gold for mark in _DELIMITERS)
-    if bare and re.search(r"[a-zA-Z\\^_{(\[|]", gold):
-        return _parse(f"${gold}$") or _parse(gold)
-    return _parse(gold)
+    if any(mark in gold for mark in _DELIMITERS):
+        return _parse(gold)
+    if (number := read_quantity(gold)) is not None:
+        return _parse(f"{number:f}")
+    gold = _unmixed(gold)
+    if _ARITHMETIC.fullmatch(gold):
+        return _parse(gold)
+    # undelimited, all of it is the answer: raw, only the 12 of "12:30" would be read
+    return _parse(f"${gold}$") or _parse(gold)
+
+
+def _unmixed(text: str) -> str:
+    """A mixed number as a sum: "2 1/2" is (2+1/2), where the parser would multiply."""
+    return _MIXED.sub(r"\1(\2+\3/\4)", text) if _MIXED.fullmatch(text) else text
 
 
 def _parse(text: str) -> list[Any]:

@@ -11,6 +11,43 @@ _NUMBER = rf"[+-]?{_DIGITS}(?:[eE][+-]?[0-9]{{1,3}})?"
 _WHOLE = re.compile(rf"(-?)[{_CURRENCY}]?\s*({_NUMBER})\s*[{_CURRENCY}]?\.?")
 _ANY = re.compile(_NUMBER)
 _SPACING = re.compile(r"\\[!,;: ]\s*|\{,\}")
+_QUANTITY = re.compile(r"(.*[0-9])\s+([A-Za-z]{2,}(?: [A-Za-z]{2,}){0,2})\.?")
+_NOT_UNITS = frozenset(
+    [
+        "hundred",
+        "thousand",
+        "million",
+        "billion",
+        "trillion",
+        "dozen",
+        "percent",
+        "pct",
+        "percentage",
+        "half",
+        "halves",
+        "third",
+        "thirds",
+        "quarter",
+        "quarters",
+        "and",
+        "or",
+        "minus",
+        "plus",
+        "times",
+        "over",
+        "to",
+        "out",
+        "of",
+        "by",
+        "divided",
+        "squared",
+        "cubed",
+        "factorial",
+        "mod",
+        "pi",
+        "sqrt",
+    ]
+)
 _OPERATORS = "+-*/^×÷_·{(\\<>"
 
 
@@ -27,6 +64,17 @@ def read_number(text: str) -> Decimal | None:
         return None
     number = _value(match[2])
     return -number if match[1] else number
+
+
+def read_quantity(text: str) -> Decimal | None:
+    """The number of "18 dollars" or of a plain number; None where the words may change it ("5
+    million", "5 or 6") or a single letter may be a variable."""
+    number = read_number(text)
+    if number is None and (match := _QUANTITY.fullmatch(text.strip())):
+        words = match[2].lower().split()
+        if not _NOT_UNITS.intersection(words):
+            number = read_number(match[1])
+    return number
 
 
 def last_number(text: str) -> Decimal | None:

@@ -3,7 +3,7 @@ from decimal import Decimal
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rlpost_rewards.numbers import last_number, read_number
+from rlpost_rewards.numbers import last_number, read_number, read_quantity
 
 
 @pytest.mark.parametrize(
@@ -53,6 +53,13 @@ def test_numbers_are_read_as_people_write_them(text, number):
 )
 def test_what_is_more_than_a_number_is_not_read(text):
     assert read_number(text) is None
+
+
+def test_a_quantity_is_a_number_with_a_unit():
+    assert read_quantity("18 dollars") == read_quantity("18") == 18
+    assert read_quantity("1,200 square feet.") == 1200
+    for text in ("5 million", "5 or 6", "5 x", "5 and a half", "five apples", "50 percent"):
+        assert read_quantity(text) is None
 
 
 @pytest.mark.parametrize(
