@@ -12,42 +12,12 @@ _WHOLE = re.compile(rf"(-?)[{_CURRENCY}]?\s*({_NUMBER})\s*[{_CURRENCY}]?\.?")
 _ANY = re.compile(_NUMBER)
 _SPACING = re.compile(r"\\[!,;: ]\s*|\{,\}")
 _QUANTITY = re.compile(r"(.*[0-9])\s+([A-Za-z]{2,}(?: [A-Za-z]{2,}){0,2})\.?")
-_NOT_UNITS = frozenset(
-    [
-        "hundred",
-        "thousand",
-        "million",
-        "billion",
-        "trillion",
-        "dozen",
-        "percent",
-        "pct",
-        "percentage",
-        "half",
-        "halves",
-        "third",
-        "thirds",
-        "quarter",
-        "quarters",
-        "and",
-        "or",
-        "minus",
-        "plus",
-        "times",
-        "over",
-        "to",
-        "out",
-        "of",
-        "by",
-        "divided",
-        "squared",
-        "cubed",
-        "factorial",
-        "mod",
-        "pi",
-        "sqrt",
-    ]
-)
+_NOT_UNITS = {
+    "hundred", "thousand", "million", "billion", "trillion", "dozen", "percent", "pct",
+    "percentage", "half", "halves", "third", "thirds", "quarter", "quarters", "and", "or",
+    "minus", "plus", "times", "over", "to", "out", "of", "by", "divided", "squared", "cubed",
+    "factorial", "mod", "pi", "sqrt",
+}  # fmt: skip
 _OPERATORS = "+-*/^×÷_·{(\\<>"
 
 
