@@ -5,9 +5,11 @@ model, no second model for the KL: the reference is the start policy, which for 
 model with another adapter, or none.
 """
 
+import functools
 import math
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -80,6 +82,17 @@ class LearnerSpec:
         )
 
 
+def _exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
+    """One call at a time: looking exchanges the very weights that an update moves."""
+
+    @functools.wraps(method)
+    def call(self: "Learner", *arguments: Any, **named: Any) -> Any:
+        with self._lock:
+            return method(self, *arguments, **named)
+
+    return call
+
+
 class Learner:
     """Construct, `start()`, then `update` again and again. `version` counts the optimizer steps
     that moved weights; 0 is the start policy."""
@@ -90,6 +103,7 @@ class Learner:
         self.layout: policy_model.Layout = "padded"
         self.layout_reason = "not started"
         self._loss = spec.loss_spec()
+        self._lock = threading.RLock()
         self._start: dict[str, torch.Tensor] | None = None  # full or imported adapter: frozen copy
         self._canary: Mapping[str, torch.Tensor] | None = None
 
@@ -110,7 +124,7 @@ class Learner:
         full = spec.method == "full"
         base_dtype = "float32" if full else spec.dtype  # full: fp32 master weights
         model = policy_model.load(spec.model, dtype=base_dtype, device=spec.device)
-        self._names = policy_model.checkpoint_names(spec.model)
+        self._names = policy_model.checkpoint_names(spec.model, model)
         self._engine_dtype = policy_model.DTYPES[spec.engine_dtype or spec.dtype]
         self._model = self._prepare_full(model) if full else self._prepare_lora(model)
         inner = model if full else self._model.get_base_model()
@@ -154,6 +168,7 @@ class Learner:
 
     # ── training ────────────────────────────────────────────────────────────────────────────────
 
+    @_exclusive
     def update(
         self,
         batches: Sequence[MicroBatch],
@@ -245,6 +260,7 @@ class Learner:
 
     # ── looking ─────────────────────────────────────────────────────────────────────────────────
 
+    @_exclusive
     def logprobs(
         self, sequences: Sequence[Sequence[int]], *, policy: Literal["current", "start"] = "current"
     ) -> list[list[float]]:
@@ -269,6 +285,7 @@ class Learner:
                 answers[order[index]] = row.tolist()
         return answers
 
+    @_exclusive
     def publication(self) -> Publication:
         """The current weights, as the engines take them."""
         return self._publish(self.version)
@@ -334,6 +351,7 @@ class Learner:
             with self._model.disable_adapter():
                 yield
 
+    @_exclusive
     def canary(self, seed: int) -> Publication:
         """A random policy that differs by roughly 0.5 a log-probability from the current one,
         published under `canary.VERSION`. The learner's own weights are untouched afterwards."""
@@ -350,6 +368,7 @@ class Learner:
         with self._weights(self._canary):
             return self._publish(canary.VERSION)
 
+    @_exclusive
     def canary_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """What an engine must say about `sequences` while it serves the last canary."""
         if self._canary is None:
@@ -359,6 +378,7 @@ class Learner:
 
     # ── checkpoints ─────────────────────────────────────────────────────────────────────────────
 
+    @_exclusive
     def save(self, folder: str | Path) -> Path:
         """Weights (fp32), optimizer and random states as a checkpoint folder, whole or absent."""
         moments = {
@@ -384,6 +404,7 @@ class Learner:
             tensors={WEIGHTS: weights, OPTIMIZER: moments, RANDOM: random_states(self.spec.device)},
         )
 
+    @_exclusive
     def load(self, folder: str | Path) -> None:
         """Everything `save` wrote; training goes on bit for bit. Raises CheckpointError naming the
         file if one is damaged or was written for other parameters; then the learner is as

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -342,6 +343,16 @@ def test_full_bf16_keeps_fp32_master_weights(qwen3):
     new, old = load_payload(learner.publication().payload), load_payload(served.payload)
     assert {t.dtype for t in new.values()} == {torch.bfloat16}
     assert sum(int((new[n] != old[n]).sum()) for n in new) < moved / 2
+
+
+def test_looking_from_another_thread_never_sees_borrowed_weights(qwen3):
+    learner = started(qwen3)
+    expected = learner.logprobs(SEQUENCES)
+    with ThreadPoolExecutor(4) as pool:
+        canaries = [pool.submit(learner.canary, seed) for seed in range(3)]
+        seen = [pool.submit(learner.logprobs, SEQUENCES) for _ in range(12)]
+        assert all(one.result() == expected for one in seen)
+        assert all(one.result().version == canary.VERSION for one in canaries)
 
 
 def test_describe_says_what_is_trained_and_how(qwen3):

@@ -129,7 +129,7 @@ def _write_merged(model: nn.Module, base: Path, folder: Path, *, dtype: str) -> 
     """The base's files with its weights replaced; returns the dtypes written."""
     from huggingface_hub import save_torch_state_dict
 
-    names = policy_model.checkpoint_names(base)
+    names = policy_model.checkpoint_names(base, model)
     tensors = publish.full_tensors(model, names, dtype=torch.float32)
     if publish.HEAD not in names:
         tensors.pop(publish.HEAD, None)  # tied: the embedding is the head

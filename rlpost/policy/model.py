@@ -13,7 +13,7 @@ path. `packing_probe` finds out whether packing leaks between sequences in this 
 """
 
 import json
-from collections.abc import Mapping
+import re
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from rlpost.types import MicroBatch
 Layout = Literal["packed", "padded"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1}  # of packed logprobs
-LOGITS_AT_ONCE = 1 << 24  # elements of a chunk of logits: 64 MB in float32
+LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}  # elements of a chunk: 64 and 512 MB in fp32
 PADDING_WASTE = 0.15  # assumed share of padding that is left after sorting by length
 
 
@@ -152,7 +152,7 @@ class PolicyModel:
     def _score(
         self, hidden_MD: torch.Tensor, targets_M: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = max(16, LOGITS_AT_ONCE // self._head.out_features)
+        rows = max(16, LOGITS_AT_ONCE[self.device.type] // self._head.out_features)
         pairs = [
             checkpoint(self._score_chunk, hidden, targets, use_reentrant=False)
             if torch.is_grad_enabled()
@@ -260,18 +260,26 @@ def _attention_share(model: nn.Module, tokens: int) -> float:
     return 4 * tokens * text.num_attention_heads * head * layers / max(linear, 1)
 
 
-def checkpoint_names(folder: str | Path) -> list[str]:
-    """The tensors of the checkpoint in `folder`, by the names of its safetensors files, sorted."""
+def checkpoint_names(folder: str | Path, model: nn.Module | None = None) -> list[str]:
+    """The tensors of the checkpoint in `folder`, by the names of its safetensors files, sorted;
+    without those that the class of `model` leaves aside on purpose (a draft head, say)."""
     from safetensors import safe_open
 
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        weight_map: Mapping[str, str] = json.loads(index.read_text())["weight_map"]
-        return sorted(weight_map)
-    if not (folder / "model.safetensors").is_file():
+        names = list(json.loads(index.read_text())["weight_map"])
+    elif (folder / "model.safetensors").is_file():
+        with safe_open(folder / "model.safetensors", framework="pt") as file:
+            names = list(file.keys())
+    else:
         raise ModelError(
             "no model.safetensors", place=str(folder), cure="convert the checkpoint to safetensors"
         )
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return sorted(file.keys())
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or []
+    known = set(model.state_dict()) if model is not None else set()
+    return sorted(
+        name
+        for name in names
+        if name in known or not any(re.search(pattern, name) for pattern in ignored)
+    )

@@ -91,31 +91,38 @@ def full_tensors(
     """The checkpoint's tensors with their current values on the CPU, the head included when
     tied."""
     state = model.state_dict()
-    if missing := [name for name in names if name not in state]:
-        raise ModelError(
-            f"the checkpoint's {missing[0]} has another name in the loaded model "
-            f"({len(missing)} such tensors)",
-            cure="save the model once with this version of transformers",
-        )
-    tensors = {
-        name: state[name]
-        .detach()
-        .to(dtype if state[name].is_floating_point() else None)
-        .cpu()
-        .clone()
-        .contiguous()
-        for name in names
-    }
+    _refuse_missing(names, state)
+    tensors = {name: _cast(state[name], dtype).cpu().clone().contiguous() for name in names}
     head = model.get_output_embeddings()
     if HEAD not in tensors and head is not None:
-        tensors[HEAD] = head.weight.detach().to(dtype).cpu().clone().contiguous()
+        tensors[HEAD] = _cast(head.weight, dtype).cpu().clone().contiguous()
     return tensors
 
 
 def sum_base(model: nn.Module, names: list[str], *, dtype: torch.dtype) -> int:
     """Bit sum modulo 2^64 over all base tensors in the engine's dtype, the tied head counted as
     its own tensor too. `model` is the base before any adapter is attached."""
-    return sum(fingerprint(full_tensors(model, names, dtype=dtype)).values()) % (1 << 64)
+    state, total = model.state_dict(), 0
+    _refuse_missing(names, state)
+    for name in names:  # one by one: a copy of the whole model may not fit
+        total += bit_sum(_cast(state[name], dtype))
+    head = model.get_output_embeddings()
+    if HEAD not in names and head is not None:
+        total += bit_sum(_cast(head.weight, dtype))
+    return total % (1 << 64)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.detach().to(dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+def _refuse_missing(names: list[str], state: Mapping[str, torch.Tensor]) -> None:
+    if missing := [name for name in names if name not in state]:
+        raise ModelError(
+            f"the checkpoint's {missing[0]} has another name in the loaded model "
+            f"({len(missing)} such tensors)",
+            cure="save the model once with this version of transformers",
+        )
 
 
 def fingerprint(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:

@@ -5,7 +5,7 @@ from torch import nn
 from rlpost.errors import ModelError
 from rlpost.policy import model as policy_model
 from rlpost.policy.model import PolicyModel, choose_layout, lay_out, load, packing_probe, predicted
-from tests.families import FAMILIES, make
+from tests.families import FAMILIES, make, vision_language
 
 SEQUENCES = [[5, 6, 7, 8, 9] * 8, [100, 20, 30], [7, 7, 9, 300]]
 
@@ -76,7 +76,7 @@ def test_a_first_token_is_never_predicted_from_its_neighbour():
 
 def test_gradients_are_the_same_with_chunks_and_checkpoints(qwen3, monkeypatch):
     def gradient(*, checkpointing, logits_at_once):
-        monkeypatch.setattr(policy_model, "LOGITS_AT_ONCE", logits_at_once)
+        monkeypatch.setitem(policy_model.LOGITS_AT_ONCE, "cpu", logits_at_once)
         model = load(qwen3, dtype="float64")
         policy = PolicyModel(model, checkpointing=checkpointing)
         policy.entropy_gradient = True
@@ -91,7 +91,7 @@ def test_gradients_are_the_same_with_chunks_and_checkpoints(qwen3, monkeypatch):
 
 
 def test_the_logits_of_all_tokens_never_exist_at_once(qwen3, monkeypatch):
-    monkeypatch.setattr(policy_model, "LOGITS_AT_ONCE", 384 * 16)
+    monkeypatch.setitem(policy_model.LOGITS_AT_ONCE, "cpu", 384 * 16)
     model = load(qwen3)
     seen = []
     model.get_output_embeddings().register_forward_hook(lambda *a: seen.append(a[-1].shape))
@@ -160,3 +160,25 @@ def test_dropout_of_the_config_is_switched_off(qwen3, tmp_path):
     first, second = (policy.forward(lay_out(SEQUENCES))[0] for _ in range(2))
     assert torch.equal(first, second)
     assert not any(isinstance(m, nn.Dropout) and m.p > 0 for m in policy.model.modules())
+
+
+def test_a_vision_language_model_is_computed_as_its_whole_class_does(tmp_path):
+    model = load(vision_language(tmp_path))
+    assert type(model).__name__ == "Qwen3_5ForConditionalGeneration"
+    logprobs, _ = reference(model, SEQUENCES)
+    found, _ = PolicyModel(model).forward(lay_out(SEQUENCES))
+    assert (found - logprobs).abs().max() < 2e-5
+
+
+def test_tensors_that_the_class_leaves_aside_are_not_published(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = make("qwen3_5", tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mtp.layers.0.weight"] = torch.ones(2)  # the draft head of real checkpoints
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model = load(folder)
+    assert "mtp.layers.0.weight" in policy_model.checkpoint_names(folder)
+    assert set(policy_model.checkpoint_names(folder, model)) == set(tensors) - {
+        "mtp.layers.0.weight"
+    }
