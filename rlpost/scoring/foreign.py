@@ -39,7 +39,9 @@ def adapt(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         )
     form = _Form()
 
-    def arguments(task: Task, rollout: Rollout, as_text: bool, given: Mapping[str, Any]) -> dict:
+    def arguments(
+        task: Task, rollout: Rollout, as_text: bool, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
         columns = {"prompts": [list(task.messages)], "completions": [_completion(rollout, as_text)]}
         row = {**task.meta, "id": task.id, "answer": task.answer}
         row |= {"schema": task.schema, "tools": task.tools}

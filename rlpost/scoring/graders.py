@@ -312,8 +312,8 @@ class _Formula:
             return math.nan  # becomes invalid_result, as a division by zero should
 
     def _value(self, node: ast.expr, values: Mapping[str, float]) -> float:
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-            return node.value
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return float(node.value)
         if isinstance(node, ast.Name) and node.id in values:
             return values[node.id]
         if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:

@@ -76,21 +76,21 @@ class Lane:
         deadline: float,
         memory_bytes: int,
         process_limit: int,
+        ahead: int = AHEAD,
     ):
-        self.names, self.deadline = names, deadline
+        self.names, self.deadline, self.ahead = names, deadline, ahead
         self.memory_bytes, self.process_limit = memory_bytes, process_limit
         self.slots = [_Slot(self, process) for process in processes]
         self.queue: deque[Job] = deque()
         self.calls: Counter[tuple[str, str]] = Counter()  # (reward, status) -> calls
-        self.seconds: Counter[str] = Counter()
+        self.seconds: dict[str, float] = dict.fromkeys(names, 0.0)
         self.restarts = 0
         self.job_seconds = 0.0  # of late
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """A fresh scorer in every slot."""
-        for slot in self.slots:
-            await slot.begin()
+        await asyncio.gather(*(slot.begin() for slot in self.slots))
 
     async def run(self, job: Job) -> None:
         """Returns when every unit of `job` has its verdict."""
@@ -102,7 +102,7 @@ class Lane:
 
     def feed(self) -> None:
         """Gives waiting jobs to slots with room, idle slots first."""
-        ahead = AHEAD if self.job_seconds < QUICK else 1
+        ahead = self.ahead if self.job_seconds < QUICK else 1
         for room in range(1, ahead + 1):
             for slot in self.slots:
                 limit = AT_ONCE if slot.process.is_async else room
@@ -193,9 +193,7 @@ class _Slot:
         process.on_frame, process.on_lost = self._on_frame, self._on_lost
         self.jobs: dict[int, Job] = {}
         self.ready = False
-        self._partial: dict[
-            int, dict[int, Verdict]
-        ] = {}  # group units whose verdicts come in pieces
+        self._partial: dict[tuple[int, int], dict[int, Verdict]] = {}  # of group rewards
         self._renewal: asyncio.Task[None] | None = None
         self._sign = 0.0  # when the scorer last said or began anything
         self._fresh = False  # whether the scorer has not run anything yet

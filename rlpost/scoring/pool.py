@@ -11,16 +11,16 @@ no tokens, no other row.
 
 import asyncio
 import itertools
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlpost.errors import ScoringError
+from rlpost.errors import PluginError, ScoringError
 from rlpost.reward import RewardSpec, combine
 from rlpost.scoring import sandbox
 from rlpost.scoring.judge import Verdict
-from rlpost.scoring.lane import Job, Lane
+from rlpost.scoring.lane import AHEAD, Job, Lane
 from rlpost.scoring.process import ScoringProcess
 from rlpost.scoring.worker import Item, Orders, Row
 from rlpost.types import Rollout, Score, Task
@@ -77,6 +77,8 @@ class ScoringPool:
         """Starts the processes; each has imported every reward when this returns. Call it before an
         engine starts threads, from the thread whose event loop will score. Raises PluginError, one
         line, for a reward that cannot be used."""
+        if not self.specs:
+            raise PluginError("there is no reward to score with", cure="write a [[reward]] table")
         first = self._process()
         await first.start()
         self._kinds = first.kinds
@@ -132,14 +134,15 @@ class ScoringPool:
         """Counters since the start: `calls` {reward: {status: n}}, `seconds` {reward: s},
         `restarts` of scorers; and `waiting`, the groups inside now."""
         calls: dict[str, dict[str, int]] = {spec.name: {} for spec in self.specs}
-        seconds: Counter[str] = Counter({spec.name: 0.0 for spec in self.specs})
+        seconds = dict.fromkeys(calls, 0.0)
         for lane, _ in self._lanes:
             for (name, status), count in lane.calls.items():
                 calls[name][status] = calls[name].get(status, 0) + count
-            seconds.update(lane.seconds)
+            for name, spent in lane.seconds.items():
+                seconds[name] += spent
         return {
             "calls": calls,
-            "seconds": dict(seconds),
+            "seconds": seconds,
             "restarts": sum(lane.restarts for lane, _ in self._lanes),
             "waiting": sum(
                 len(lane.queue) + sum(len(slot.jobs) for slot in lane.slots)
@@ -180,6 +183,8 @@ class ScoringPool:
                 deadline=self._deadline,
                 memory_bytes=self._limits.memory_bytes,
                 process_limit=self._limits.processes,
+                # untrusted code must not find the next row in its socket
+                ahead=1 if self.level.name == "sandbox" else AHEAD,
             )
             self._lanes.append((lane, mine))
             await lane.start()

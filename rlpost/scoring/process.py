@@ -37,6 +37,7 @@ class Channel:
         self.end, self._on_frame, self._on_broken = end, on_frame, on_broken
         self._loop = asyncio.get_running_loop()
         self._read, self._write = bytearray(), bytearray()
+        self._sent = 0  # bytes of `_write` that are out already
         self._open = True
         self._loop.add_reader(end.fileno(), self.receive)
 
@@ -97,14 +98,15 @@ class Channel:
         del self._read[:start]
 
     def _continue(self) -> None:
-        try:
-            sent = self.end.send(self._write)
-        except BlockingIOError:
-            return
-        except OSError:
-            sent = len(self._write)
-        del self._write[:sent]
-        if not self._write:
+        with memoryview(self._write) as left:
+            try:
+                self._sent += self.end.send(left[self._sent :])
+            except BlockingIOError:
+                return
+            except OSError:
+                self._sent = len(left)
+        if self._sent >= len(self._write):
+            self._write, self._sent = bytearray(), 0
             self._loop.remove_writer(self.end.fileno())
 
     def _break(self) -> None:
@@ -139,6 +141,7 @@ class ScoringProcess:
         self._channel: Channel | None = None
         self._pidfd = -1
         self._news: asyncio.Future[Any] | None = None
+        self._wanted = ""
         self._expected = True  # whether a death now is our own doing
 
     async def start(self) -> None:
@@ -270,8 +273,8 @@ class ScoringProcess:
         self._channel = Channel(ours, self.on_frame, self._on_nonsense)
         self._expected = False
 
-    def _await_news(self, *words: str) -> asyncio.Future[Any]:
-        self._wanted = words
+    def _await_news(self, word: str = "") -> asyncio.Future[Any]:
+        self._wanted = word  # "": whatever comes first
         self._news = asyncio.get_running_loop().create_future()
         return self._news
 
@@ -285,8 +288,8 @@ class ScoringProcess:
         return answer if isinstance(answer, dict) else {}
 
     def _on_control(self, news: Any) -> None:
-        awaited = self._news is not None and not self._news.done()
-        if awaited and (not self._wanted or "died" not in news):
+        waiting = self._news is not None and not self._news.done()
+        if self._news is not None and waiting and (not self._wanted or self._wanted in news):
             self._news.set_result(news)
         elif isinstance(news, dict) and "died" in news and not self._expected:
             self._lose(_how(int(news["died"])))

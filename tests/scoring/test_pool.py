@@ -359,3 +359,23 @@ async def test_a_reward_that_starts_threads_on_import_works_without_forks(folder
         scored = await pool.score(replies("a", "exit", "raise", "loop", "b"))
         assert not pool._lanes[0][0].slots[0].process.forks
     assert [r.status for r in scored] == ["ok", *["reply_error"] * 3, "ok"]
+
+
+async def test_huge_and_odd_replies_travel_whole(folder):
+    (folder / "measuring.py").write_text(
+        "from rlpost.types import Score\n"
+        "def f(task, rollout):\n"
+        "    text = rollout.reply\n"
+        "    return Score(value=1.0, reason=f'{len(text)} {ascii(text[-1:])}')\n"
+    )
+    spec = RewardSpec(use="measuring:f", name="f", base_dir=str(folder))
+    async with ScoringPool([spec]) as pool:
+        texts = ["x" * 10_000_000 + "\ud800", "", "\x00", "é" * 5_000_000]
+        scored = await pool.score(replies(*texts))
+    reasons = [r.score.reason for r in scored]
+    assert reasons == ["10000001 '\\ud800'", "0 ''", "1 '\\x00'", "5000000 '\\xe9'"]
+
+
+async def test_a_pool_without_rewards_is_refused():
+    with pytest.raises(PluginError, match="no reward"):
+        await ScoringPool([]).start()
