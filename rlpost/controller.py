@@ -170,7 +170,7 @@ class Controller:
             await worker.publish(header, payload)
             report = await self._proof.prove_canary(
                 worker,
-                self._learner,
+                _Served(self._learner),
                 header.version,
                 self._prepared.probes,
                 expected=header.fingerprint,
@@ -340,7 +340,7 @@ class Controller:
         reports = [
             await self._proof.prove(
                 worker,
-                self._learner,
+                _Served(self._learner),
                 header.version,
                 self._prepared.probes,
                 expected=header.fingerprint,
@@ -558,6 +558,17 @@ class Controller:
 
     def _event(self, kind: str, **fields: Any) -> None:
         self._run.append_event(kind, update=self._update, **fields)
+
+
+class _Served:
+    """The learner as a proof asks it: its policy as the engines hold it."""
+
+    def __init__(self, learner: LearnerClient):
+        self._learner = learner
+        self.canary_logprobs = learner.canary_logprobs
+
+    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        return await self._learner.logprobs(sequences, policy="served")
 
 
 def _plain(report: ProofReport) -> dict[str, Any]:

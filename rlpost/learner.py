@@ -262,14 +262,34 @@ class Learner:
 
     @_exclusive
     def logprobs(
-        self, sequences: Sequence[Sequence[int]], *, policy: Literal["current", "start"] = "current"
+        self,
+        sequences: Sequence[Sequence[int]],
+        *,
+        policy: Literal["current", "start", "served"] = "current",
     ) -> list[list[float]]:
-        """Log-probabilities at temperature 1: n floats for a sequence of n tokens, the first
-        0.0."""
+        """Log-probabilities at temperature 1: n floats for a sequence of n tokens, the first 0.0.
+        "served" is the current policy as the engines hold it, rounded to their dtype: what a proof
+        compares with, since an update can vanish in that rounding."""
         if policy == "start" and not self.can_measure_kl:
             raise ModelError("full fine-tuning has kept no start policy", cure="set keep_start")
-        with self._start_policy() if policy == "start" else nullcontext():
+        if policy == "start":
+            weights: Any = self._start_policy()
+        elif policy == "served":
+            weights = self._weights(self._rounded())
+        else:
+            weights = nullcontext()
+        with weights:
             return self._score(sequences)
+
+    def _rounded(self) -> dict[str, torch.Tensor]:
+        """The trained values after the trip to the engine and back."""
+        scaling = self.spec.alpha / self.spec.rank
+        rounded = {}
+        for name, parameter in self._trained.items():
+            factor = scaling if ".lora_B." in name else 1.0  # B travels scaled
+            cast = (parameter.detach() * factor).to(self._engine_dtype)
+            rounded[name] = cast.to(parameter.dtype) / factor
+        return rounded
 
     @torch.no_grad()
     def _score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -43,6 +43,9 @@ class WeightsExtension:
             wrapped = getattr(module, "logits_processor", None)
             if isinstance(wrapped, BaseLayerWithLoRA):
                 module.logits_processor = wrapped.base_layer
+            head = getattr(module, "lm_head", None)
+            if isinstance(head, BaseLayerWithLoRA):  # a tied head is the wrapped embedding
+                module.lm_head = head.base_layer
         group_products(self.model_runner.lora_manager._adapter_manager)
 
     def rlpost_reload(self, path: str) -> list[str]:
