@@ -6,6 +6,7 @@ import difflib
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,6 +16,25 @@ from rlpost.errors import JobError, UserErrors
 from rlpost.reward import RewardSpec
 
 LATER = {"sft": "the SFT warm start"}  # tables of the design that are not built yet
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where each value of a job was written: a line of its file, or a --set."""
+
+    file: str = "job.toml"
+    lines: Mapping[tuple[str, ...], int] = field(default_factory=dict)
+    sets: Mapping[tuple[str, ...], str] = field(default_factory=dict)
+
+    def find(self, *key: str) -> dict[str, Any]:
+        """`place` and `line` of a key, or of the nearest table around it, as JobError takes
+        them."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.sets:
+                return {"place": f"--set {self.sets[key[:length]]}", "line": None}
+            if key[:length] in self.lines:
+                return {"place": self.file, "line": self.lines[key[:length]]}
+        return {"place": self.file, "line": None}
 
 
 class Table(BaseModel):
@@ -257,6 +277,7 @@ class Job(Table):
     health: HealthTable = HealthTable()
 
     _folder: Path = Path(".")
+    _places: Places = Places()
 
     @property
     def folder(self) -> Path:
@@ -266,6 +287,10 @@ class Job(Table):
     def beside(self, path: str) -> Path:
         """A path of the job, relative to the job's folder."""
         return (self._folder / path).resolve()
+
+    def at(self, *key: str) -> dict[str, Any]:
+        """Where a key was written (`reward.0.use` is "reward", "0", "use"), for errors about it."""
+        return self._places.find(*key)
 
     @property
     def staleness(self) -> int:
@@ -327,68 +352,51 @@ def parse_job(text: str, *, path: Path, overrides: Sequence[str] = ()) -> Job:
         raise JobError(
             f"not TOML: {problem}", place=path.name, line=line, cure="mend the line"
         ) from None
-    lines = _key_lines(text)
-    for override in overrides:
-        _override(values, override)
+    sets = {_override(values, override): override for override in overrides}
+    places = Places(path.name, _key_lines(text), sets)
     for name, what in LATER.items():
         if name in values:
             raise JobError(
                 f"[{name}] ({what}) is not built yet",
-                place=path.name,
-                line=lines.get((name,)),
+                **places.find(name),
                 cure=f"leave [{name}] out",
             )
     try:
         job = Job.model_validate(values)
     except ValidationError as error:
-        raise _as_user_errors(error, path.name, lines) from None
-    job._folder = path.parent.resolve()
-    _check_together(job, path.name, lines)
+        raise _as_user_errors(error, places) from None
+    job._folder, job._places = path.parent.resolve(), places
+    _check_together(job)
     return job
 
 
-def _check_together(job: Job, place: str, lines: Mapping[tuple[str, ...], int]) -> None:
+def _check_together(job: Job) -> None:
     errors: list[Any] = []
+
+    def mistake(problem: str, *key: str, cure: str) -> None:
+        errors.append(JobError(problem, **job.at(*key), cure=cure))
+
     names = [spec.name for spec in job.rewards]
     for index, name in enumerate(names):
         if name in names[:index]:
-            line = lines.get(("reward", str(index)))
-            errors.append(
-                JobError(
-                    f"two rewards are named {name}", place=place, line=line, cure="give one a name"
-                )
-            )
-    if all(spec.gate or spec.weight == 0 for spec in job.rewards) and not any(
-        spec.gate for spec in job.rewards
-    ):
-        errors.append(JobError("every reward has weight 0", place=place, cure="give one a weight"))
+            mistake(f"two rewards are named {name}", "reward", str(index), cure="give one a name")
+    if all(spec.weight == 0 and not spec.gate for spec in job.rewards):
+        mistake("every reward has weight 0", "reward", "0", cure="give one a weight")
     if job.run.lockstep and job.rollout.drop_after is not None:
-        line = lines.get(("rollout", "drop_after"))
-        errors.append(
-            JobError(
-                "lockstep awaits every group",
-                place=place,
-                line=line,
-                cure="leave rollout.drop_after out",
-            )
-        )
+        cure = "leave rollout.drop_after out"
+        mistake("lockstep awaits every group", "rollout", "drop_after", cure=cure)
     if job.environment.use == "jsonl" and job.data.train is None:
-        errors.append(
-            JobError(
-                "no rows",
-                place=place,
-                cure='say train = "rows.jsonl" under [data], or name an [environment]',
-            )
+        cure = 'say train = "rows.jsonl" under [data], or name an [environment]'
+        mistake("no rows", "data", cure=cure)
+    reply, length = job.rollout.max_reply_tokens, job.model.max_length
+    if reply and reply >= length:
+        mistake(
+            f"max_reply_tokens ({reply}) leaves no room for a prompt in model.max_length"
+            f" ({length})",
+            "rollout",
+            "max_reply_tokens",
+            cure="lower it",
         )
-    if job.rollout.max_reply_tokens and job.rollout.max_reply_tokens >= job.model.max_length:
-        line = lines.get(("rollout", "max_reply_tokens"))
-        errors.append(
-            JobError(
-                f"max_reply_tokens ({job.rollout.max_reply_tokens}) leaves no room for a prompt in"
-                f" model.max_length ({job.model.max_length})",
-                place=place, line=line, cure="lower it",
-            )
-        )  # fmt: skip
     if errors:
         raise errors[0] if len(errors) == 1 else UserErrors(errors)
 
@@ -410,7 +418,8 @@ def explain(job: Job) -> Iterator[tuple[str, Any, bool, str]]:
                 )
 
 
-def _override(values: dict[str, Any], text: str) -> None:
+def _override(values: dict[str, Any], text: str) -> tuple[str, ...]:
+    """Sets one value; returns its key."""
     key, equals, raw = text.partition("=")
     path = key.strip().split(".")
     if not equals or len(path) < 2:
@@ -429,13 +438,14 @@ def _override(values: dict[str, Any], text: str) -> None:
                     f"--set {text}: there is no {name} in that list", cure="count from 0"
                 )
             target = target[int(name)]
-        else:
+        elif isinstance(target, dict):
             target = target.setdefault(name, {})
     if not isinstance(target, dict):
         raise JobError(
             f"--set {text}: {'.'.join(path[:-1])} is not a table", cure="name a table and a key"
         )
     target[path[-1]] = value
+    return tuple(path)
 
 
 def _key_lines(text: str) -> dict[tuple[str, ...], int]:
@@ -459,41 +469,42 @@ def _key_lines(text: str) -> dict[tuple[str, ...], int]:
     return lines
 
 
-def _as_user_errors(
-    error: ValidationError, place: str, lines: Mapping[tuple[str, ...], int]
-) -> JobError | UserErrors:
-    errors = []
+def _as_user_errors(error: ValidationError, places: Places) -> JobError | UserErrors:
+    errors: dict[str, JobError] = {}  # the first of each key: a union complains once a member
     for item in error.errors():
-        loc = [str(part) for part in item["loc"] if not str(part).startswith(("literal[", "Gpus"))]
+        loc = [str(part) for part in item["loc"] if not _UNION_MEMBER.match(str(part))]
         loc = _through_aliases(loc)
-        line = next(
-            (lines[tuple(loc[:n])] for n in range(len(loc), 0, -1) if tuple(loc[:n]) in lines), None
-        )
-        key = ".".join(loc)
-        if item["type"] == "extra_forbidden":
-            names = _field_names(loc[:-1])
-            close = difflib.get_close_matches(loc[-1], names, n=1)
-            where = f"[{loc[0]}]" if len(loc) > 1 else "a job"
-            cure = f"did you mean {close[0]}?" if close else f"{where} takes {', '.join(names)}"
-            errors.append(
-                JobError(f"{key} is not a field of {where}", place=place, line=line, cure=cure)
-            )
-        elif item["type"] == "missing":
-            table = f" under [{loc[0]}]" if len(loc) > 1 else ""
-            cure = (
-                f"add {loc[-1]}{table}"
-                if len(loc) > 1
-                else f"add [{'[reward]' if key == 'reward' else key}]"
-            )
-            errors.append(JobError(f"{key} is missing", place=place, line=line, cure=cure))
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            message = message[:1].lower() + message[1:]
-            given = f", not {item['input']!r}" if not isinstance(item["input"], dict | list) else ""
-            errors.append(
-                JobError(f"{key}: {message}{given}", place=place, line=line, cure="change it")
-            )
-    return errors[0] if len(errors) == 1 else UserErrors(list(errors))
+        if loc == ["run", "gpus"] and any(key.startswith("run.gpus.") for key in errors):
+            continue
+        problem, cure = _sentence(item, loc)
+        errors.setdefault(".".join(loc), JobError(problem, **places.find(*loc), cure=cure))
+    found = list(errors.values())
+    return found[0] if len(found) == 1 else UserErrors(list(found))
+
+
+_UNION_MEMBER = re.compile(r"literal\[|Gpus$|str$|list\[")  # in the path of pydantic's complaint
+
+
+def _sentence(item: Any, loc: Sequence[str]) -> tuple[str, str]:
+    """(what is wrong, what cures it) of one complaint."""
+    key = ".".join(loc)
+    if item["type"] == "extra_forbidden":
+        names = _field_names(loc[:-1])
+        close = difflib.get_close_matches(loc[-1], names, n=1)
+        where = f"[{'.'.join(loc[:-1])}]" if len(loc) > 1 else "a job"
+        cure = f"did you mean {close[0]}?" if close else f"{where} takes {', '.join(names)}"
+        return f"{key} is not a field of {where}", cure
+    if item["type"] == "missing":
+        if len(loc) > 1:
+            table = "[[reward]]" if loc[0] == "reward" else f"[{loc[0]}]"
+            return f"{key} is missing", f"add {loc[-1]} under {table}"
+        return f"{key} is missing", f"add [{'[reward]' if key == 'reward' else key}]"
+    if key == "reward" and item["type"] == "list_type":
+        return "[reward] is one table, and a job may have several rewards", "write [[reward]]"
+    message = item["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    given = f", not {item['input']!r}" if not isinstance(item["input"], dict | list) else ""
+    return f"{key}: {message}{given}", "change it"
 
 
 def _through_aliases(loc: list[str]) -> list[str]:
