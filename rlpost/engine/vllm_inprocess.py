@@ -103,6 +103,7 @@ class _VLLMStepper(Stepper):
             ignore_eos=True,  # what ends a reply is the caller's word, the same in every engine
             logprobs=0,  # the sampled token's only
             prompt_logprobs=0 if request.scored else None,  # vLLM then skips its prefix cache
+            flat_logprobs=True,  # lists instead of an object per token
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -124,14 +125,13 @@ class _VLLMStepper(Stepper):
 
     def _result(self, request: Request, output: Any) -> Any:
         if request.scored:
-            rows = zip(request.prompt, output.prompt_logprobs, strict=True)
-            return [row[token].logprob if row else 0.0 for token, row in rows]
+            return [0.0, *output.prompt_logprobs.logprobs]  # nothing precedes the first token
         reply = output.outputs[0]
         ids = list(reply.token_ids)
         assert request.served is not None
         return Completion(
             token_ids=ids,
-            logprobs=[row[token].logprob for token, row in zip(ids, reply.logprobs, strict=True)],
+            logprobs=list(reply.logprobs.logprobs),
             text=self._tokenizer.decode(ids, skip_special_tokens=True),
             finish_reason="stop" if reply.finish_reason == "stop" else "length",
             versions=[(0, request.served.version)],
