@@ -257,6 +257,8 @@ def _openai_call(item: JSON) -> Call | None:
     """{"type": "function", "function": {"name", "arguments": JSON text}}, or the inner part."""
     if isinstance(item, Mapping) and isinstance(item.get("function"), Mapping):
         item = item["function"]
+        if "arguments" not in item:
+            return None  # a tool copied from the prompt has parameters here
     if not isinstance(item, Mapping) or not {"arguments", "parameters"} & set(item):
         return None
     arguments = item.get("arguments", item.get("parameters"))
@@ -270,6 +272,8 @@ def _openai_call(item: JSON) -> Call | None:
 def _named_call(value: JSON, keys: Sequence[str]) -> Call | None:
     if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
         return None
+    if "description" in value:
+        return None  # a tool copied from the prompt
     given = next((value[key] for key in keys if key in value), None)
     arguments = {} if given is None else given
     if not value["name"].strip() or not isinstance(arguments, Mapping):

@@ -5,6 +5,7 @@ arguments that are: a reply that guesses an argument never comes near one that l
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from rlpost_rewards.call_rules import (
 from rlpost_rewards.strict_json import check_choice
 
 MOST_PARTIAL = 0.5
+_BEGINS_AS_JSON = re.compile(r"\{|\[\s*[\[\]{\"'\d-]")  # an answer in words does not
 Tools = Mapping[str, Mapping[str, Any]]
 
 
@@ -40,14 +42,15 @@ def tool_call(
 
     The answer is {"calls": [{"name", "arguments": {argument: [accepted, …]}}], "order": "any" or
     "fixed"}; "" among the accepted values lets the argument be left out. Without calls none is
-    right: 1 for a text of words without any call syntax, 0 for a call, a broken call or nothing.
+    right: 1 for a text of words without any call syntax, 0 for a call, a broken call, a JSON
+    document or nothing.
     `format` is one of auto, hermes, qwen3_xml, llama, openai; `rules` "exact" takes strings as they
     are, "bfcl" compares like the Berkeley leaderboard (`call_rules`), with two departures: rows in
     which no call is right, as above, and parallel calls, which are matched optimally.
 
     Parts: decodes (share of the calls begun that can be read), valid, matched (F1 over names and
     arguments). Reason: ok, no_call, unneeded_call, broken_call, wrong_count, wrong_name,
-    wrong_arguments, wrong_order, empty, or the word of StrictJSONError.
+    wrong_arguments, wrong_order, empty, not_words, or the word of StrictJSONError.
     Raises JobError for bad arguments, RowError for a row without a usable answer or tools.
     """
     if format not in FORMATS:
@@ -131,8 +134,10 @@ def _judge_silence(decoded: Decoded, message: Message | None, tools: Tools) -> S
         reason = "broken_call" if decoded.broken else "unneeded_call"
     elif not any(map(str.isalnum, decoded.text)):
         reason = "empty"
+    elif shows_call(decoded.text, list(tools)):
+        reason = "broken_call"
     else:
-        reason = "broken_call" if shows_call(decoded.text, list(tools)) else "ok"
+        reason = "not_words" if _BEGINS_AS_JSON.match(decoded.text) else "ok"
     right = float(reason == "ok")
     decodes = float(reason in ("ok", "unneeded_call"))
     return _score(right, decodes=decodes, valid=right, matched=right, reason=reason)

@@ -114,6 +114,8 @@ def test_the_messages_tool_calls_count_before_its_text():
         LLAMA[:-1],
         "<|python_tag|>book(seats=2)",
         '{"name": "book"}',
+        json.dumps({"name": "book", "description": "books", "parameters": TOOLS["book"]}),
+        json.dumps([{"type": "function", "function": {"name": "book", "parameters": {}}}]),
     ],
 )
 def test_a_broken_call_is_counted_and_not_decoded(reply):
