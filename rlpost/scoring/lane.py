@@ -252,6 +252,10 @@ class _Slot:
     def _send(self, job: Job) -> None:
         """Sends what is left of `job`, if this scorer may have it: retries want a fresh one."""
         sync = not self.process.is_async
+        if not self.process.is_up:  # it could not be replaced the last time: try again
+            self._unsent.add(job.id)
+            self._renew()
+            return
         if sync and job.retries_only() and not self._fresh:
             self._unsent.add(job.id)
             return
@@ -370,8 +374,8 @@ class _Slot:
             try:
                 await self.process.renew()
                 return ""
-            except (RlpostError, OSError) as error:
-                problem = one_line(error, bare=True)
+            except Exception as error:  # whatever it is, a group must not wait for ever
+                problem = one_line(error, bare=isinstance(error, RlpostError))
                 if pause is not None:
                     await asyncio.sleep(pause)
         return problem

@@ -201,6 +201,11 @@ class ScoringProcess:
         await self.start()
         await self._fork()
 
+    @property
+    def is_up(self) -> bool:
+        """Whether there is a scorer to send work to."""
+        return self._channel is not None
+
     def send(self, work: Work) -> None:
         """Hands `work` to the scorer. Raises whatever pickle raises for values that cannot
         travel."""
@@ -219,7 +224,7 @@ class ScoringProcess:
                 for thread in os.listdir(f"/proc/{pid}/task"):
                     with open(f"/proc/{pid}/task/{thread}/children") as file:
                         todo += [int(each) for each in file.read().split()]
-            except (OSError, IndexError):
+            except (OSError, IndexError, ValueError):
                 continue  # it ended while we looked
         return pages * os.sysconf("SC_PAGE_SIZE"), count
 

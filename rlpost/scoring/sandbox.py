@@ -54,6 +54,8 @@ class Level:
 def choose(*, trusted: bool, allow_untrusted: bool = False) -> Level:
     """The level for a pool. Trusted code runs under "limits"; untrusted code in the sandbox, and
     where there is none it is refused with PluginError unless the job allows it."""
+    if sys.platform != "linux":
+        raise PluginError(f"scoring processes need Linux, not {sys.platform}")
     if trusted:
         return Level(name="limits", reason="the job trusts them")
     missing = missing_sandbox()
@@ -76,8 +78,6 @@ def new_uid() -> int:
 @functools.cache
 def missing_sandbox() -> str:
     """Why bubblewrap cannot be used here, or "" when a trial run of it worked."""
-    if sys.platform != "linux":
-        return f"bubblewrap does not exist on {sys.platform}"
     if shutil.which("bwrap") is None:
         return "bubblewrap is not installed (package bubblewrap)"
     probe = "import os, rlpost.scoring.worker as w; w.leave_root(61000); assert os.getuid() != 0"

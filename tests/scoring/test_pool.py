@@ -51,6 +51,17 @@ def ranked(task, rollouts):
 
 def short_list(task, rollouts): return [1.0]
 
+def fragile(task, rollouts):
+    for rollout in rollouts:
+        if rollout.reply == "exit": os._exit(1)
+        if rollout.reply.startswith("once:"): picky(task, rollout)
+    return [1.0] * len(rollouts)
+
+async def compared(task, rollouts):
+    await asyncio.sleep(0.01)
+    if rollouts[0].reply == "net": raise ConnectionRefusedError("no judge here")
+    return [len(r.reply) / 10 for r in rollouts]
+
 def half_wrong(task, rollouts):
     return [float("nan") if r.reply == "nan" else 1.0 for r in rollouts]
 
@@ -379,3 +390,35 @@ async def test_huge_and_odd_replies_travel_whole(folder):
 async def test_a_pool_without_rewards_is_refused():
     with pytest.raises(PluginError, match="no reward"):
         await ScoringPool([]).start()
+
+
+async def test_a_group_reward_that_crashes_costs_its_group_and_no_other_reward(folder):
+    async with ScoringPool(specs(folder, "plain", "fragile")) as pool:
+        judged = await pool.judge(replies("gold", "exit", "x"))
+        again = await pool.score(replies("gold", f"once:{folder / 'seen'}"))
+    assert [row[0].status for row in judged] == ["ok"] * 3
+    assert [(row[1].status, row[1].cause) for row in judged] == [("crashed", "reply")] * 3
+    assert [r.status for r in again] == ["ok", "ok"]
+
+
+async def test_async_group_rewards_judge_all_replies_at_once(folder):
+    async with ScoringPool(specs(folder, "compared", "plain")) as pool:
+        scored = await pool.score(replies("gold", "x"))
+        lost = await pool.score(replies("net", "x"))
+    assert [r.score.parts["compared"] for r in scored] == [0.4, 0.1]
+    assert [(r.status, r.score) for r in lost] == [("error", None)] * 2
+
+
+async def test_a_process_that_cannot_be_replaced_leaves_rollouts_unscored_until_it_can(folder):
+    file = folder / "pool_rewards.py"
+    async with ScoringPool(specs(folder, "plain")) as pool:
+        text = file.read_text()
+        file.write_text("import no_such_library\n")
+        os.kill(pool._lanes[0][0].slots[0].process.process.pid, signal.SIGKILL)
+        await asyncio.sleep(0.1)
+        (lost,) = await asyncio.wait_for(pool.score(replies("gold")), 60)
+        assert (lost.status, lost.score) == ("error", None)
+        assert "no_such_library" in pool.failures[0].detail
+        file.write_text(text)
+        (found,) = await asyncio.wait_for(pool.score(replies("gold")), 60)
+    assert found.score.value == 1.0
