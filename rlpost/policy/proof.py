@@ -24,6 +24,7 @@ _EXPONENT = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80}  # all zero in a
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 DECIDED = 0.999  # power from which a slope is believed
+BORDERS = (0.5, 1.5)  # slopes between them say "updated"
 CANARY_SLOPE = (0.9, 1.1)
 
 Sequences = Sequence[Sequence[int]]
@@ -91,8 +92,10 @@ class Slope:
     The newest publication decides if it can; where its power is too low, the one before is added,
     and so on over at most `window` publications, so that a sync that breaks late is not outvoted.
     Noise is estimated from the residuals, the larger of the classical and the heteroscedastic
-    (White 1980) standard error. `power` is the probability that noise of that size is smaller than
-    1/2, the distance from either verdict to the border between them.
+    (White 1980) standard error, doubled since the errors of neighbouring tokens go together. The
+    learner's own rounding stands on both sides and draws either slope towards the border at 1/2,
+    never over it: so what counts is the distance from the border. `power` is the probability that
+    noise of that size is smaller than that distance.
     """
 
     def __init__(self, *, window: int = 16):
@@ -126,14 +129,15 @@ class Slope:
         """ "stale" is everything that is not near 1, a step of double length included."""
         if self.power < DECIDED:
             return "undecided"
-        return "updated" if 0.5 < self.slope < 1.5 else "stale"
+        return "updated" if BORDERS[0] < self.slope < BORDERS[1] else "stale"
 
     def _decide(self) -> None:
         total = _Sums()
         for publication in reversed(self._publications):
             total += publication
             self.slope, error = _regress(total)
-            self.power = math.erf(0.5 / error / math.sqrt(2)) if error > 0 else 1.0
+            margin = min(abs(self.slope - border) for border in BORDERS)
+            self.power = math.erf(margin / error / math.sqrt(2)) if error > 0 else 1.0
             if math.isnan(self.slope):
                 self.power = 0.0
             if self.power >= DECIDED:
@@ -147,7 +151,7 @@ def _regress(s: _Sums) -> tuple[float, float]:
     slope = s.xy / s.xx
     classical = (s.yy - slope * s.xy) / (s.count - 1) / s.xx
     robust = (s.xxyy - 2 * slope * s.xxxy + slope * slope * s.xxxx) / (s.xx * s.xx)
-    return slope, math.sqrt(max(classical, robust, 0.0))
+    return slope, 2 * math.sqrt(max(classical, robust, 0.0))
 
 
 class ProvableEngine(Protocol):

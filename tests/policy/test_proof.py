@@ -118,7 +118,7 @@ def test_a_sync_that_breaks_late_is_found_within_the_window():
     for each in publications(16, slope=1.0, noise=1e-2, tokens=256):
         found.add(*each)
     assert found.verdict == "updated"
-    for each in publications(4, slope=0.0, noise=1e-2, tokens=256, seed=1):
+    for each in publications(8, slope=0.0, noise=1e-2, tokens=256, seed=1):
         found.add(*each)
     assert found.verdict == "stale"
 
@@ -211,3 +211,24 @@ async def test_changed_probes_are_compared_only_with_what_was_observed_on_them()
     learner.now = engine.scores[2]
     report = await proof.prove(engine, learner, 2, other, expected={"a": 1})
     assert engine.asked == 1 and report.verdict == "updated"
+
+
+@pytest.mark.parametrize("truth", ["updated", "stale"])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_learners_own_rounding_never_turns_a_verdict(truth, seed):
+    """Noise of the learner stands in both differences: it draws every slope towards 1/2."""
+    generator = torch.Generator().manual_seed(seed)
+    slope = Slope()
+    wrong = {"updated": "stale", "stale": "updated"}[truth]
+    for _ in range(200):
+        before, change, noise_before, noise_after, noise_engine = (
+            torch.randn(1500, generator=generator, dtype=torch.float64) for _ in range(5)
+        )
+        size, noise = 2e-3, 1e-2  # an update far below the rounding
+        served = before + (size * change if truth == "updated" else 0)
+        slope.add(
+            (served + noise * noise_engine).tolist(),
+            (before + noise * noise_before).tolist(),
+            (before + size * change + noise * noise_after).tolist(),
+        )
+        assert slope.verdict != wrong
