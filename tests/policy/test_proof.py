@@ -115,10 +115,10 @@ def test_without_noise_one_publication_decides():
 
 def test_a_sync_that_breaks_late_is_found_within_the_window():
     found = Slope()
-    for each in publications(16, slope=1.0, noise=1e-2, tokens=256):
+    for each in publications(16, slope=1.0, noise=1e-2, tokens=1024):
         found.add(*each)
     assert found.verdict == "updated"
-    for each in publications(12, slope=0.0, noise=1e-2, tokens=256, seed=1):
+    for each in publications(6, slope=0.0, noise=1e-2, tokens=1024, seed=1):
         found.add(*each)
     assert found.verdict == "stale"
 
