@@ -219,6 +219,12 @@ async def test_the_learners_fingerprint_is_vllms(family, method, tmp_path_factor
     await handshake(str(make(family, tmp_path_factory.mktemp(family))), method, "vllm")
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("name", ENGINES)
+async def test_the_proof_is_exact_in_bfloat16_too(name, method, folder):
+    await handshake(folder, method, name, "bfloat16")
+
+
 class Client:
     """The real learner as the proof sees it."""
 
@@ -232,12 +238,17 @@ class Client:
         return self.learner.canary_logprobs(sequences)
 
 
-async def handshake(folder, method, name):
+async def handshake(folder, method, name, dtype="float32"):
     """Canary, then the start policy, each proven on the engine."""
-    learner = Learner(LearnerSpec(model=folder, method=method, rank=8))
+    learner = Learner(LearnerSpec(model=folder, method=method, rank=8, dtype=dtype))
     learner.start()
-    rank = 8 if method == "lora" else 0
-    spec = EngineSpec(model=folder, max_length=96, lora_rank=rank, kv_cache_bytes=64 << 20)
+    spec = EngineSpec(
+        model=folder,
+        dtype=dtype,
+        max_length=96,
+        lora_rank=8 if method == "lora" else 0,
+        kv_cache_bytes=64 << 20,
+    )
     engine, proof, client = open_engine(name, spec), Proof(), Client(learner)
     await engine.start()
     try:
