@@ -6,7 +6,6 @@ statuses of `rlpost.reward.STATUSES`.
 """
 
 import asyncio
-import difflib
 import inspect
 import json
 import traceback
@@ -19,6 +18,7 @@ from rlpost import plugins
 from rlpost.errors import PluginError, RlpostError, RowError
 from rlpost.reward import RewardSpec, as_score, kind
 from rlpost.scoring import foreign, graders
+from rlpost.scoring.arguments import check_arguments
 from rlpost.types import Rollout, Score, Task
 
 PARTS_LIMIT = 256  # parts a reward may name; more is a mistake, and would flood every metric
@@ -62,7 +62,7 @@ class Judge:
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004  an object with an async __call__
         )
-        _check_arguments(spec, function)
+        check_arguments(spec, function)
         self._function = function
         self._plain_range = tuple(spec.range) == (0.0, 1.0)
         self._arguments = dict(spec.arguments)
@@ -160,37 +160,6 @@ def load(spec: RewardSpec) -> Callable[..., Any]:
     if not callable(function):
         raise PluginError(f"the reward {spec.use!r} is a {type(function).__name__}, not a function")
     return foreign.adapt(function, spec.use) if kind(function) == "trl" else function
-
-
-def _check_arguments(spec: RewardSpec, function: Callable[..., Any]) -> None:
-    """Unknown and missing keyword arguments, before anything is scored. A function of foreign form
-    checks its own."""
-    parameters = inspect.signature(function).parameters.values()
-    if len(
-        [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    ) < 2 and (not any(p.kind is p.VAR_POSITIONAL for p in parameters)):
-        raise PluginError(
-            f"the reward {spec.use!r} does not take (task, rollout)",
-            cure="write def name(task, rollout, *, …)",
-        )
-    named = list(parameters)[2:]
-    known = [p.name for p in named if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        for name in spec.arguments:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-                cure = (
-                    f"did you mean {near[0]!r}?"
-                    if near
-                    else f"it takes {', '.join(known) or 'none'}"
-                )
-                raise PluginError(f"the reward {spec.use!r} has no argument {name!r}", cure=cure)
-    missing = [p.name for p in named if p.name in known and p.default is p.empty]
-    if lacking := [name for name in missing if name not in spec.arguments]:
-        raise PluginError(
-            f"the reward {spec.use!r} needs the argument {lacking[0]!r}",
-            cure=f"write {lacking[0]} = … in its [[reward]] table",
-        )
 
 
 def failure(error: BaseException, spec: RewardSpec) -> Verdict:
