@@ -82,6 +82,7 @@ def decode(
         return Decoded(reason=error.reason)
     while text.endswith(_END_MARKS):
         text = text[: text.rindex("<|")].rstrip()
+    found: Iterable[Call | None]
     if format == "llama":
         found = _llama(text)
     elif format == "openai":
@@ -160,23 +161,31 @@ def _tagged(
             else:
                 yield None
         else:
-            call, at = _hermes_call(text, at)
-            yield call if format != "qwen3_xml" else None
+            calls, at = _hermes_calls(text, at, loose=format == "auto")
+            yield from calls if format != "qwen3_xml" else [None]
 
 
-def _hermes_call(text: str, start: int) -> tuple[Call | None, int]:
+def _hermes_calls(text: str, start: int, *, loose: bool) -> tuple[list[Call | None], int]:
+    """The call of the tag that opened before `start`, and where it ends. `loose` takes ToolRL's
+    dialect too: "parameters" for "arguments", and several calls in one tag, a line each."""
+    keys = ("arguments", "parameters") if loose else ("arguments",)
     end = text.find(CLOSE, start)
     if end < 0:
-        return None, len(text)
+        return [None], len(text)
     first_end = end
     for _ in range(4):  # a value may quote the closing tag
         try:
-            return _named_call(parse(text[start:end].strip()), ("arguments",)), end + len(CLOSE)
+            return [_named_call(parse(text[start:end].strip()), keys)], end + len(CLOSE)
         except StrictJSONError:
             end = text.find(CLOSE, end + 1)
             if end < 0 or OPEN in text[first_end:end]:
                 break
-    return None, first_end + len(CLOSE)
+    calls: list[Call | None] = [None]
+    lines = [line for line in text[start:first_end].splitlines() if line.strip()]
+    if loose and 1 < len(lines) <= MAX_CALLS:
+        found = [_named_call(_parsed(line.strip()), keys) for line in lines]
+        calls = found if all(found) else calls
+    return calls, first_end + len(CLOSE)
 
 
 def _xml_call(

@@ -105,16 +105,17 @@ def oracle(row: dict, calls: list[dict]) -> bool:
     if len(calls) != len(golds):
         return False
 
-    def place(at: int, free: list[dict]) -> bool:
+    fits = [
+        {i for i, call in enumerate(calls) if oracle_call(call, gold, tools[next(iter(gold))])}
+        for gold in golds
+    ]
+
+    def place(at: int, taken: frozenset[int]) -> bool:
         if at == len(golds):
             return True
-        tool = tools[next(iter(golds[at]))]
-        return any(
-            oracle_call(call, golds[at], tool) and place(at + 1, free[:i] + free[i + 1 :])
-            for i, call in enumerate(free)
-        )
+        return any(place(at + 1, taken | {i}) for i in fits[at] - taken)
 
-    return place(0, calls)
+    return all(fits) and place(0, frozenset())
 
 
 # --- predictions -----------------------------------------------------------------------------

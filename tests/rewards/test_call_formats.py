@@ -85,6 +85,13 @@ def test_several_calls_come_in_order(reply):
     assert found(reply) == ([("book", ARGUMENTS)] * 2, 0)
 
 
+def test_auto_takes_several_calls_in_one_tag_a_line_each():
+    reply = f"<tool_call>\n{LLAMA}\n{LLAMA}\n</tool_call>"
+    assert found(reply) == ([("book", ARGUMENTS)] * 2, 0)
+    assert found(reply, "hermes") == ([], 1)
+    assert found(f"<tool_call>\n{LLAMA}\nand\n</tool_call>") == ([], 1)
+
+
 def test_the_messages_tool_calls_count_before_its_text():
     calls = json.loads(OPENAI)["tool_calls"]
     assert found("", message={"role": "assistant", "tool_calls": calls}) == (
