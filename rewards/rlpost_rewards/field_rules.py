@@ -7,7 +7,8 @@
 
 Functions: sum, min, max, count over a list; abs. A name that leads through a list gives the list of
 what it finds; one that is not a plain word stands in `backticks`. Values that print amounts are
-decimals, dates (of fields declared so) are ISO texts. Nothing is executed, and only the job, never a reply, contains a rule.
+decimals, dates (of fields declared so) are ISO texts. Nothing is executed, and only
+the job, never a reply, contains a rule.
 """
 
 import re
