@@ -116,9 +116,17 @@ async def schema_and_overhead(rounds: int, count: int, processes: int) -> dict[s
         ScoringPool([RewardSpec(use=name, name=name)], processes=processes) as schema,
         ScoringPool([nothing], processes=processes) as empty,
     ):
+        cpu: list[float] = []
+
+        async def overhead() -> float:
+            start = time.process_time()
+            wall = await through(empty, groups)
+            cpu.append((time.process_time() - start) / len(flat))
+            return wall
+
         contestants: dict[str, Callable[[], Awaitable[float]]] = {
             "pool": lambda: through(schema, groups),
-            "empty": lambda: through(empty, groups),
+            "empty": overhead,
             "validate": lambda: _now(plainly(validate, flat[: max(80, count // 20)])),
             "prebuilt": lambda: _now(plainly(prebuilt, flat)),
         }
@@ -128,6 +136,7 @@ async def schema_and_overhead(rounds: int, count: int, processes: int) -> dict[s
         "prebuilt Python validator in-process, us": median(times["prebuilt"]) * 1e6,
         "jsonschema.validate in-process, us": median(times["validate"]) * 1e6,
         "pool overhead, us per rollout": median(times["empty"]) * 1e6,
+        "of it CPU of the parent, us": median(cpu[1:]) * 1e6,
         "jsonschema.validate / pool": ratio(times["validate"], times["pool"]),
         "prebuilt / pool": ratio(times["prebuilt"], times["pool"]),
     }
