@@ -5,6 +5,7 @@ first.
 runs.
 """
 
+import difflib
 import inspect
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlpost import plugins, rows
-from rlpost.config import Job
+from rlpost.config import Job, RewardTable
 from rlpost.env import Env
 from rlpost.errors import JobError, ModelError, PluginError, RowError, UserError, UserErrors
 from rlpost.types import Task
@@ -43,7 +44,10 @@ class Prepared:
 def open_env(job: Job) -> Env:
     """The job's environment, around its rows where it has some. Raises PluginError, RowError,
     UserErrors."""
-    factory = plugins.resolve("rlpost.envs", job.environment.use, base_dir=job.folder)
+    try:
+        factory = plugins.resolve("rlpost.envs", job.environment.use, base_dir=job.folder)
+    except UserError as error:
+        raise placed(error, job.at("environment", "use")) from None
     arguments = dict(job.environment.arguments)
     for key in ("path", "prompt"):  # files of the job lie beside it
         value = arguments.get(key)
@@ -52,14 +56,20 @@ def open_env(job: Job) -> Env:
     positional: list[Any] = []
     if job.data.train is not None:
         positional.append(read_tasks(job, job.data.train))
-    return _call(factory, "environment", job.environment.use, positional, arguments)
+    return _call(factory, job, positional, arguments)
 
 
 def read_tasks(job: Job, path: str) -> list[Task]:
     """The rows of a file by the job's [data]."""
-    data = job.data
+    data, file = job.data, job.beside(path)
+    if not file.is_file():
+        raise JobError(
+            f"the rows {path} are not there, looked for {file}",
+            **job.at("data", "heldout" if path == data.heldout else "train"),
+            cure="name a .jsonl, .csv or .parquet file beside the job",
+        )
     return rows.read_rows(
-        job.beside(path),
+        file,
         prompt=_text(job, data.prompt, "data.prompt"),
         answer=data.answer,
         tools=data.tools,
@@ -77,12 +87,15 @@ def model_folder(job: Job) -> Path:
     if beside.is_dir():
         if not (beside / "config.json").is_file():
             raise ModelError(
-                f"model.path {job.model.path} holds no config.json", cure="name a model folder"
+                f"model.path {job.model.path} holds no config.json",
+                **job.at("model", "path"),
+                cure="name a model folder",
             )
         return beside
     if job.model.path.startswith((".", "/", "~")) or job.model.path.count("/") != 1:
         raise ModelError(
-            f"model.path {job.model.path} is not there (looked for {beside})",
+            f"model.path {job.model.path} is not there, looked for {beside}",
+            **job.at("model", "path"),
             cure="name a folder beside the job or a hub id",
         )
     from huggingface_hub import snapshot_download
@@ -94,6 +107,7 @@ def model_folder(job: Job) -> Path:
         problem = str(error).splitlines()[0]
         raise ModelError(
             f"model.path {job.model.path} is neither a folder nor on the hub: {problem}",
+            **job.at("model", "path"),
             cure="download it first, or name its folder",
         ) from None
 
@@ -102,14 +116,20 @@ def resolve_rewards(job: Job) -> None:
     """Every [[reward]] resolves and takes the arguments it is given. Raises PluginError or
     UserErrors."""
     errors: list[UserError] = []
-    for spec in job.rewards:
+    for index, spec in enumerate(job.rewards):
         if spec.use.endswith(".json"):
             continue  # a grader file: the scoring pool reads and checks it
+        table = ("reward", str(index))
         try:
             function = plugins.resolve("rlpost.rewards", spec.use, base_dir=spec.base_dir)
-            _check_arguments(function, spec.use, spec.arguments)
         except UserError as error:
-            errors.append(error)
+            errors.append(placed(error, job.at(*table, "use")))
+            continue
+        own = [key for key in RewardTable.model_fields if key != "use"]
+        _collect(
+            lambda: _check_arguments(function, spec.use, spec.arguments, job, *table, also=own),  # noqa: B023
+            errors,
+        )
     _raise(errors)
 
 
@@ -183,7 +203,7 @@ def _tasks(job: Job, env: Env) -> list[Task]:
 
 def _check_reward_columns(job: Job) -> None:
     """A gold that no column gives is a mistake of the job, found before any row is read."""
-    for spec in job.rewards:
+    for index, spec in enumerate(job.rewards):
         fields = spec.arguments.get("fields")
         if (
             spec.use == "extraction"
@@ -194,7 +214,7 @@ def _check_reward_columns(job: Job) -> None:
             if missing:
                 raise JobError(
                     f"reward {spec.name} scores {', '.join(missing)}, which data.answer lacks",
-                    place="job.toml",
+                    **job.at("reward", str(index), "fields"),
                     cure="add the column to data.answer or take the field out",
                 )
 
@@ -228,7 +248,16 @@ def _probes(tasks: Sequence[Task], renderer: "Renderer") -> list[list[int]]:
     return probes
 
 
-def _check_arguments(function: Any, name: str, arguments: Mapping[str, Any]) -> None:
+def _check_arguments(
+    function: Any,
+    name: str,
+    arguments: Mapping[str, Any],
+    job: Job,
+    *table: str,
+    also: Sequence[str] = (),
+) -> None:
+    """Raises PluginError, with the place of the key in the job, for an argument that `function`
+    does not take or one that it needs. `also` are keys of the table that are no arguments."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
@@ -240,33 +269,41 @@ def _check_arguments(function: Any, name: str, arguments: Mapping[str, Any]) -> 
         if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in arguments
     ]
     if unknown:
-        import difflib
-
-        close = difflib.get_close_matches(unknown[0], keywords, n=1)
-        known = ", ".join(k for k in keywords if k not in ("task", "rollout", "rollouts", "self"))
+        close = difflib.get_close_matches(unknown[0], [*keywords, *also], n=1)
+        given = ("task", "rollout", "rollouts", "self", "base_dir")
+        known = ", ".join(k for k in keywords if k not in given)
         raise PluginError(
             f"{name} takes no argument {unknown[0]}",
-            place="job.toml",
+            **job.at(*table, unknown[0]),
             cure=f"did you mean {close[0]}?" if close else f"it takes {known or 'none'}",
         )
     if needed:
         raise PluginError(
-            f"{name} needs the argument {needed[0]}", place="job.toml", cure=f"add {needed[0]} = …"
+            f"{name} needs the argument {needed[0]}", **job.at(*table), cure=f"add {needed[0]} = …"
         )
 
 
-def _call(
-    factory: Any, what: str, name: str, positional: list[Any], arguments: dict[str, Any]
-) -> Any:
-    _check_arguments(factory, name, arguments)
+def _call(factory: Any, job: Job, positional: list[Any], arguments: dict[str, Any]) -> Any:
+    name = job.environment.use
+    _check_arguments(factory, name, arguments, job, "environment")
     try:
         return factory(*positional, **arguments)
-    except UserError:
-        raise
+    except UserError as error:
+        raise placed(error, job.at("environment")) from None
     except (TypeError, ValueError) as error:
         raise PluginError(
-            f"{what} {name} refuses its arguments: {error}", place="job.toml", cure=f"see [{what}]"
+            f"environment {name} refuses its arguments: {error}",
+            **job.at("environment"),
+            cure="see [environment]",
         ) from None
+
+
+def placed(error: UserError, where: Mapping[str, Any]) -> UserError:
+    """The same mistake with its place in the job, unless it names a line of another file."""
+    if error.line or isinstance(error, UserErrors):
+        return error
+    problem = f"{error.problem}, looked in {error.place}" if error.place else error.problem
+    return type(error)(problem, **where, cure=error.cure)
 
 
 def _collect(step: Any, errors: list[UserError]) -> Any:
@@ -287,11 +324,13 @@ def _text(job: Job, path: str | None, key: str) -> str | None:
     except FileNotFoundError:
         raise JobError(
             f"{key} = {path!r} is not there",
-            place="job.toml",
+            **job.at(*key.split(".")),
             cure="write the file or leave it out",
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"{key} = {path!r} cannot be read: {error}", place="job.toml") from None
+        raise JobError(
+            f"{key} = {path!r} cannot be read: {error}", **job.at(*key.split("."))
+        ) from None
 
 
 def _raise(errors: Sequence[UserError]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlpost.config import Job, explain, read_job
 from rlpost.errors import UserError, UserErrors
-from rlpost.preparation import Prepared, model_folder, prepare
+from rlpost.preparation import Prepared, model_folder, placed, prepare
 
 
 def register(verbs: Any) -> None:
@@ -59,7 +59,7 @@ def check_job(job: Job, *, quick: bool) -> list[str]:
     except UserErrors as several:
         errors += several.errors
     except UserError as error:
-        errors.append(error)
+        errors.append(error if error.place else placed(error, job.at("model", "path")))
     try:
         prepared = prepare(job, renderer=renderer)
     except UserErrors as several:
@@ -104,8 +104,14 @@ def _try_rewards(job: Job, prepared: Prepared, *, quick: bool) -> list[str]:
     )
     wrong = [finding for finding in findings if finding.severity == "error"]
     if wrong:
+        tables = {spec.name: str(index) for index, spec in enumerate(job.rewards)}
         mistakes: list[UserError] = [
-            UserError(finding.text, place=finding.reward, cure=finding.cure) for finding in wrong
+            UserError(
+                f"reward {finding.reward}: {finding.text}",
+                **job.at("reward", tables.get(finding.reward, "0"), "use"),
+                cure=finding.cure,
+            )
+            for finding in wrong
         ]
         raise mistakes[0] if len(mistakes) == 1 else UserErrors(mistakes)
     return [f"{finding.severity}: {finding.reward}: {finding.text}" for finding in findings]

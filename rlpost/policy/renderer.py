@@ -29,6 +29,10 @@ class Renderer:
                 f"no tokenizer could be loaded from {model}: {problem}", cure="name a model folder"
             ) from None
         self.model, self.thinking = str(model), thinking
+        if not self._encode("x"):  # without its files transformers makes an empty one in silence
+            raise ModelError(
+                f"{model} has no tokenizer", cure="name a folder with tokenizer.json in it"
+            )
         if not self.tokenizer.chat_template:
             raise ModelError(
                 f"{model} has no chat template",
