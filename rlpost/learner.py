@@ -137,9 +137,7 @@ class Learner:
         keep = spec.adapter if not full else spec.keep_start or spec.kl_coefficient
         if keep:
             self._start = {n: p.detach().clone() for n, p in self._trained.items()}
-        self.layout, self.layout_reason = policy_model.choose_layout(
-            self.policy, tokens=spec.micro_batch_tokens, wish=spec.layout
-        )
+        self.layout, self.layout_reason = policy_model.choose_layout(self.policy, wish=spec.layout)
         self.policy.layout = self.layout
         self._optimizer = torch.optim.AdamW(
             self._trained.values(),

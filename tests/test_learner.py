@@ -360,8 +360,8 @@ def test_describe_says_what_is_trained_and_how(qwen3):
     found = learner.describe()
     assert found["coverage"]["reached"] == 14
     assert found["coverage"]["missed"] == []
-    assert found["layout"] == "padded"
-    assert "dearer" in found["layout_reason"]
+    assert found["layout"] == "packed"
+    assert "agree" in found["layout_reason"]
     assert 0 < found["trained_parameters"] < found["parameters"]
 
 

@@ -20,12 +20,13 @@ def pack(
     padded: bool = False,
     mask_truncated: bool = False,
 ) -> list[MicroBatch]:
-    """Micro-batches of at most `tokens` tokens each; a sequence longer than that gets its own.
+    """Micro-batches that cost at most `tokens` tokens each; a costlier sequence gets its own.
 
-    With `padded` the cost of a micro-batch is its number of sequences times its longest one, and
-    sequences are sorted by length, longest first (ties in order), so that little of it is padding;
-    the sum of gradients does not depend on the order. Tensors are on the CPU: int64, and float32
-    except `advantages` in float64.
+    What costs is what the learner computes. Without padding that is every token once, a prompt
+    that neighbours share once for all of them. With `padded` it is the number of sequences times
+    the longest one, and sequences are sorted by length, longest first (ties in order), so that
+    little of it is padding; the sum of gradients does not depend on the order. Tensors are on the
+    CPU: int64, and float32 except `advantages` in float64.
     """
     sequences: list[tuple[Trajectory, float]] = []
     for group, values in zip(groups, advantages, strict=True):
@@ -39,23 +40,41 @@ def pack(
     if padded:
         sequences.sort(key=lambda pair: -len(pair[0].token_ids))
     lengths = [len(trajectory.token_ids) for trajectory, _ in sequences]
-    return [lay([sequences[i] for i in part]) for part in split(lengths, tokens, padded=padded)]
+    shared = [0] * len(lengths) if padded else _shared([trajectory for trajectory, _ in sequences])
+    parts = split(lengths, tokens, padded=padded, shared=shared)
+    return [lay([sequences[i] for i in part]) for part in parts]
 
 
-def split(lengths: Sequence[int], tokens: int, *, padded: bool) -> list[list[int]]:
+def split(
+    lengths: Sequence[int], tokens: int, *, padded: bool, shared: Sequence[int] | None = None
+) -> list[list[int]]:
     """Indices of `lengths` in order, cut into parts that cost at most `tokens` each (a single
-    longer sequence is a part of its own)."""
+    longer sequence is a part of its own). `shared` tokens of each are free behind its
+    predecessor."""
+    free = shared or [0] * len(lengths)
     parts: list[list[int]] = []
     total = longest = 0
     for index, length in enumerate(lengths):
         longest = max(longest, length)
-        total += length
+        total += length - free[index]
         cost = longest * (len(parts[-1]) + 1) if parts and padded else total
         if not parts or cost > tokens:
             parts.append([])
             longest = total = length
         parts[-1].append(index)
     return parts
+
+
+def prompt_length(loss_mask: Sequence[int]) -> int:
+    """Tokens before the first trained one; all of them if none is trained."""
+    return next((i for i, trained in enumerate(loss_mask) if trained), len(loss_mask))
+
+
+def _shared(trajectories: Sequence[Trajectory]) -> list[int]:
+    """For each, the length of its prompt if it is its predecessor's too, else 0."""
+    heads = [tuple(t.token_ids[: prompt_length(t.loss_mask)]) for t in trajectories]
+    pairs = zip(heads[:1] + heads, heads, strict=False)
+    return [len(head) if i and head == previous else 0 for i, (previous, head) in enumerate(pairs)]
 
 
 def lay(sequences: Sequence[tuple[Trajectory, float]]) -> MicroBatch:

@@ -5,15 +5,15 @@ them in chunks that are computed again in the backward pass: the full [T, V] log
 Index t speaks about token t; the shift by one is in `predicted` and nowhere else. Temperature is
 1.
 
-A micro-batch goes through the model in one of two layouts. "packed" is a batch of one with
-position ids that start again at each sequence; "padded" is one row a sequence, padded at the
-right, where a causal model never looks, so that no mask is needed and attention takes its fast
-path. `packing_probe` finds out whether packing leaks between sequences in this model;
-`choose_layout` takes the cheaper of what is right.
+A micro-batch goes through the model in one of two layouts. "packed" is one row, the prompt that
+neighbours share computed once (shared_prompt.py); "padded" is one row a sequence, padded at the
+right, where a causal model never looks, so that no mask is needed. `packing_probe` finds out
+whether packing leaks between sequences in this model, as it does through a recurrent state.
 """
 
 import json
 import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -22,14 +22,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from rlpost.errors import ModelError
+from rlpost.errors import ModelError, RunError
+from rlpost.policy import shared_prompt
 from rlpost.types import MicroBatch
 
 Layout = Literal["packed", "padded"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 0.1}  # of packed logprobs
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}  # elements of a chunk: 64 and 512 MB in fp32
-PADDING_WASTE = 0.15  # assumed share of padding that is left after sorting by length
 
 
 def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> nn.Module:
@@ -41,6 +41,7 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
     """
     import transformers
 
+    shared_prompt.register()
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ModelError("no config.json", place=str(folder), cure="give a model folder")
@@ -57,7 +58,7 @@ def load(folder: str | Path, *, dtype: str = "float32", device: str = "cpu") -> 
             folder,
             config=config,
             dtype=DTYPES[dtype],
-            attn_implementation="sdpa",
+            attn_implementation=shared_prompt.NAME,
             trust_remote_code=False,
             use_safetensors=True,  # a pickle runs code
         )
@@ -121,31 +122,56 @@ class PolicyModel:
         targets_M, sources_M = predicted(batch)
         token_ids_T = torch.as_tensor(batch.token_ids).to(self.device)
         with self._precision():
-            hidden_TD = self._hidden(batch, token_ids_T, layout or self.layout)
-            sources_M, targets_M = sources_M.to(self.device), targets_M.to(self.device)
-            logprobs_M, entropy_M = self._score(hidden_TD[sources_M], token_ids_T[targets_M])
+            packed = (layout or self.layout) == "packed"
+            run = self._hidden_packed if packed else self._hidden_padded
+            hidden_MD = run(batch, token_ids_T, sources_M)
+            targets_M = targets_M.to(self.device)
+            logprobs_M, entropy_M = self._score(hidden_MD, token_ids_T[targets_M])
         zeros_T = torch.zeros(token_ids_T.numel(), dtype=logprobs_M.dtype, device=self.device)
         return (
             zeros_T.index_put((targets_M,), logprobs_M),
             zeros_T.index_put((targets_M,), entropy_M),
         )
 
-    def _hidden(self, batch: MicroBatch, token_ids_T: torch.Tensor, layout: Layout) -> torch.Tensor:
-        """Hidden states [T, D] of every token."""
-        if layout == "packed":
-            positions_T = torch.as_tensor(batch.position_ids).to(self.device)
-            return self._run(token_ids_T[None], positions_T[None])[0]
+    def _hidden_packed(
+        self, batch: MicroBatch, token_ids_T: torch.Tensor, sources_M: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states [M, D] at the sources, from one row of distinct tokens."""
+        if self._backbone.config._attn_implementation != shared_prompt.NAME:
+            raise RunError("a model that was not loaded by `load` cannot take packed rows")
+        row = shared_prompt.Row.of(batch)
+        positions_U = torch.as_tensor(batch.position_ids)[row.tokens].to(self.device)
+        token_ids_U = token_ids_T[row.tokens.to(self.device)]
+        unused = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device)  # "mask is made"
+        hidden_UD = self._run(token_ids_U[None], positions_U[None], unused, row=row)[0]
+        return hidden_UD.index_select(0, row.place[sources_M].to(self.device))
+
+    def _hidden_padded(
+        self, batch: MicroBatch, token_ids_T: torch.Tensor, sources_M: torch.Tensor
+    ) -> torch.Tensor:
+        """Hidden states [M, D] at the sources, from one padded row a sequence."""
         lengths = torch.as_tensor(batch.starts).diff()
         columns = torch.arange(int(lengths.max()))
         real_NL = (columns[None] < lengths[:, None]).to(self.device)
         token_ids_NL = token_ids_T.new_zeros(real_NL.shape)
         token_ids_NL[real_NL] = token_ids_T
         positions_NL = columns.to(self.device)[None].expand(real_NL.shape)
-        return self._run(token_ids_NL, positions_NL)[real_NL]
+        hidden_TD = self._run(token_ids_NL, positions_NL)[real_NL]
+        return hidden_TD.index_select(0, sources_M.to(self.device))
 
-    def _run(self, token_ids_NL: torch.Tensor, positions_NL: torch.Tensor) -> torch.Tensor:
+    def _run(
+        self,
+        token_ids_NL: torch.Tensor,
+        positions_NL: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        **plan: Any,
+    ) -> torch.Tensor:
         output = self._backbone(
-            input_ids=token_ids_NL, position_ids=positions_NL, attention_mask=None, use_cache=False
+            input_ids=token_ids_NL,
+            position_ids=positions_NL,
+            attention_mask=mask,
+            use_cache=False,
+            **plan,
         )
         return output.last_hidden_state
 
@@ -189,30 +215,39 @@ def packing_probe(policy: PolicyModel) -> tuple[bool, float]:
     """(may sequences be packed, largest |difference| of a log-probability, packed against one by
     one).
 
-    The first sequence is long and loud, so that a recurrent state or an attention that leaks
-    reaches the following ones, which are compared from their second token on.
+    Three sequences without a common token and two that share a prompt; a recurrent state or an
+    attention that leaks reaches the later ones.
     """
     generator = torch.Generator().manual_seed(0)
     size = policy.model.config.get_text_config().vocab_size
-    sequences = [torch.randint(size, (n,), generator=generator).tolist() for n in (48, 7, 23)]
-    together = policy.forward(lay_out(sequences), layout="packed")[0]
-    alone = [policy.forward(lay_out([ids]), layout="padded")[0] for ids in sequences]
+    parts = [torch.randint(size, (n,), generator=generator).tolist() for n in (48, 7, 23, 31, 9)]
+    sequences = [parts[0], parts[1], parts[2] + parts[3], parts[2] + parts[4]]
+    prompts = [1, 1, 23, 23]
+    together = policy.forward(lay_out(sequences, prompts=prompts), layout="packed")[0]
+    alone = [
+        policy.forward(lay_out([ids], prompts=[prompt]), layout="padded")[0]
+        for ids, prompt in zip(sequences, prompts, strict=True)
+    ]
     worst = float((together - torch.cat(alone)).abs().max())
     dtype = policy.autocast or policy.model.get_output_embeddings().weight.dtype
     return worst <= TOLERANCE[dtype], worst
 
 
-def lay_out(sequences: list[list[int]]) -> MicroBatch:
-    """A micro-batch in which every token but the first of each sequence is scored."""
+def lay_out(
+    sequences: Sequence[Sequence[int]], *, prompts: Sequence[int] | None = None
+) -> MicroBatch:
+    """A micro-batch in which every token is scored but the first of each sequence, or the first
+    `prompts` of it."""
     lengths = [len(ids) for ids in sequences]
     flat_T = torch.tensor([token for ids in sequences for token in ids], dtype=torch.int64)
     zeros_T = torch.zeros(flat_T.numel())
     starts = torch.tensor([0, *lengths]).cumsum(0)
-    mask_T = torch.ones_like(flat_T)
-    mask_T[starts[:-1]] = 0
+    positions_T = torch.cat([torch.arange(n) for n in lengths])
+    unscored_N = torch.tensor(prompts or [1] * len(lengths))
+    mask_T = (positions_T >= unscored_N.repeat_interleave(torch.tensor(lengths))).long()
     return MicroBatch(
         token_ids=flat_T,
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        position_ids=positions_T,
         starts=starts,
         loss_mask=mask_T,
         advantages=zeros_T,
@@ -220,44 +255,18 @@ def lay_out(sequences: list[list[int]]) -> MicroBatch:
     )
 
 
-def choose_layout(policy: PolicyModel, *, tokens: int, wish: str = "auto") -> tuple[Layout, str]:
-    """The layout for micro-batches of `tokens` tokens, and why.
-
-    Packed attention (sdpa with a mask) computes all T x T pairs, blocks of zeros included, so
-    packing costs more than padding as soon as attention over the whole micro-batch outweighs the
-    padding saved.
-    """
+def choose_layout(policy: PolicyModel, *, wish: str = "auto") -> tuple[Layout, str]:
+    """The layout of this model, and why: packed wherever it is exact, since it computes a prompt
+    once and pads nothing. Raises ModelError if "packed" is wished for and leaks."""
     if wish == "padded":
         return "padded", "asked for"
     right, worst = packing_probe(policy)
-    if not right:
-        if wish == "packed":
-            raise ModelError(
-                f"packed sequences leak in this model (log-probabilities differ by {worst:.2g})",
-                cure='use layout = "auto"',
-            )
-        return "padded", f"packing leaks between sequences: log-probabilities differ by {worst:.2g}"
+    if right:
+        return "packed", f"packed and one by one agree: log-probabilities differ by {worst:.1g}"
+    leak = f"packing leaks between sequences: log-probabilities differ by {worst:.2g}"
     if wish == "packed":
-        return "packed", f"asked for; the probe agrees to {worst:.1g}"
-    share = _attention_share(policy.model, tokens)
-    if share > PADDING_WASTE:
-        return "padded", (
-            f"packing is exact ({worst:.1g}) but dearer: attention over {tokens} tokens would add "
-            f"{share:.0%} to the matrix products"
-        )
-    return "packed", f"packing is exact ({worst:.1g}) and attention adds {share:.0%} only"
-
-
-def _attention_share(model: nn.Module, tokens: int) -> float:
-    """Attention's operations over one packed row of `tokens`, relative to those of the linears."""
-    text = model.config.get_text_config()
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
-    layers = sum("attention" in kind and kind != "linear_attention" for kind in kinds)
-    linear = 2 * sum(
-        m.weight.numel() for m in backbone(model).modules() if isinstance(m, nn.Linear)
-    )
-    return 4 * tokens * text.num_attention_heads * head * layers / max(linear, 1)
+        raise ModelError(leak, cure='use layout = "auto"')
+    return "padded", leak
 
 
 def checkpoint_names(folder: str | Path, model: nn.Module | None = None) -> list[str]:

@@ -61,8 +61,22 @@ def test_truncated_replies_are_trained_unless_masking_is_asked_for():
 
 
 def test_a_sequence_longer_than_the_budget_is_alone_and_whole():
-    batches = pack(groups(rollout(3), rollout(50), rollout(3)), [[1.0, 1.0, 1.0]], tokens=10)
+    batches = pack(groups(rollout(3), rollout(50), rollout(3)), [[1.0] * 3], tokens=10)
     assert [lengths(b) for b in batches] == [[3], [50], [3]]
+
+
+def test_a_prompt_that_neighbours_share_is_counted_once():
+    """16 + 3 x 4 tokens are computed, though the sequences have 60."""
+    same = groups(*(rollout(20, prompt=16) for _ in range(3)))
+    assert [lengths(b) for b in pack(same, [[1.0] * 3], tokens=28)] == [[20, 20, 20]]
+    assert [lengths(b) for b in pack(same, [[1.0] * 3], tokens=27)] == [[20, 20], [20]]
+    assert len(pack(same, [[1.0] * 3], tokens=28, padded=True)) == 3
+
+
+def test_a_prompt_is_shared_by_neighbours_only_and_whole():
+    other = rollout(20, prompt=16, first=5)
+    mixed = groups(rollout(20, prompt=16), other, rollout(20, prompt=15))
+    assert len(pack(mixed, [[1.0] * 3], tokens=59)) == 2
 
 
 def test_padding_is_counted_and_kept_small_by_sorting():
@@ -73,7 +87,8 @@ def test_padding_is_counted_and_kept_small_by_sorting():
 
 
 def test_without_padding_the_order_is_that_of_the_groups():
-    batches = pack(groups(rollout(3), rollout(9), rollout(4)), [[1.0] * 3], tokens=12)
+    different = [rollout(3, first=10), rollout(9, first=20), rollout(4, first=30)]
+    batches = pack(groups(*different), [[1.0] * 3], tokens=12)
     assert [lengths(b) for b in batches] == [[3, 9], [4]]
 
 
