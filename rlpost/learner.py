@@ -281,10 +281,17 @@ class Learner:
 
     def _rounded(self) -> dict[str, torch.Tensor]:
         """The trained values after the trip to the engine and back."""
-        scaling = self.spec.alpha / self.spec.rank
+        scaling: dict[str, float] = {}  # B travels scaled; an imported adapter brings its own alpha
+        if self.spec.method == "lora":
+            scaling = {
+                f"{publish.PEFT_PREFIX}{name}.lora_B.{lora.ADAPTER}.weight": layer.scaling[
+                    lora.ADAPTER
+                ]
+                for name, layer in lora.layers(self._model)
+            }
         rounded = {}
         for name, parameter in self._trained.items():
-            factor = scaling if ".lora_B." in name else 1.0  # B travels scaled
+            factor = scaling.get(name, 1.0)
             cast = (parameter.detach() * factor).to(self._engine_dtype)
             rounded[name] = cast.to(parameter.dtype) / factor
         return rounded

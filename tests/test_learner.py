@@ -242,6 +242,22 @@ def test_the_start_policy_of_an_imported_adapter_is_that_adapter(qwen3, tmp_path
     assert learner.logprobs(SEQUENCES, policy="start") == start
 
 
+def test_the_served_policy_is_the_current_one_after_the_trip_to_the_engine(qwen3, tmp_path):
+    """Also when the scaling comes with an imported adapter and is no power of two."""
+    first = started(qwen3, alpha=12.0)
+    first.update(batches_for(first))
+    first._model.save_pretrained(tmp_path)
+    learner = started(qwen3, adapter=str(tmp_path), alpha=5.0, engine_dtype="bfloat16")
+    payload = load_payload(learner.publication().payload)
+    for name, tensor in learner._rounded().items():
+        sent = payload[name.replace(".default.", ".")].float()
+        assert torch.allclose(tensor * (3.0 if "lora_B" in name else 1.0), sent, rtol=1e-6), name
+    assert learner.logprobs(SEQUENCES, policy="served") != learner.logprobs(SEQUENCES)
+    exact = started(qwen3, adapter=str(tmp_path))
+    now, served = exact.logprobs(SEQUENCES), exact.logprobs(SEQUENCES, policy="served")
+    assert canary.mean_change(now, served) < 1e-5
+
+
 def test_full_fine_tuning_refuses_a_kl_to_a_policy_it_did_not_keep(qwen3):
     learner = started(qwen3, method="full")
     assert learner.can_measure_kl is False
