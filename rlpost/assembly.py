@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 COLOCATED_SHARE = 0.4  # of the card's memory for the engine; the learner has the rest
 OWN_SHARE = 0.85
 CPU_KV_MB = 512
+MAX_RUNNING = {"cpu": 64, "cuda": 256}
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
@@ -49,7 +51,7 @@ def engine_spec(job: Job, model: Path) -> EngineSpec:
         max_length=job.model.max_length,
         lora_rank=job.lora.rank if job.learner.method == "lora" else 0,
         keep=job.staleness + 2,
-        max_running=job.rollout.max_running,
+        max_running=job.rollout.max_running or MAX_RUNNING[device(job)],
         kv_cache_bytes=kv_mb << 20 if kv_mb else None,
         memory_fraction=COLOCATED_SHARE if job.run.gpus == "colocated" else OWN_SHARE,
         device=device(job),
@@ -175,6 +177,44 @@ def count_parameters(model: Path) -> int:
             shapes = [file.get_slice(name).get_shape() for name in list(file.keys())]
             total += sum(map(math.prod, shapes))
     return total
+
+
+def export_job(job: Job, checkpoint: Path, out: Path) -> dict[str, Any]:
+    """The export of a learner's checkpoint with what serving it needs; returns its summary. Raises
+    RunError when the merged model is not the trained one, UserError when `out` is taken."""
+    set_threads(job)
+    import torch
+
+    from rlpost.policy.export import Surroundings, export
+
+    model = model_folder(job)
+    prompt = job.data.prompt or job.environment.arguments.get("prompt")
+    prompt_file = job.beside(prompt) if isinstance(prompt, str) else None
+    schema_file = job.beside(job.data.answer_schema) if job.data.answer_schema else None
+    surroundings = Surroundings(
+        prompt=prompt_file.read_text() if prompt_file and prompt_file.is_file() else "",
+        schema=json.loads(schema_file.read_text()) if schema_file else None,
+        chat_template_arguments={"enable_thinking": job.model.thinking},
+        licence=job.model.license or licence(model),
+        serve_command=f"vllm serve {{model}} --max-model-len {job.model.max_length}"
+        f" --served-model-name {job.run.name}",
+        provenance={"run": job.run.name, "checkpoint": str(checkpoint), "model": job.model.path},
+    )
+    where = "cuda" if device(job) == "cuda" and torch.cuda.is_available() else "cpu"
+    return export(checkpoint, model, out, surroundings=surroundings, device=where)
+
+
+def licence(model: Path) -> str:
+    """The licence that comes with a model: its file, else the name in its card; "" if neither."""
+    for name in ("LICENSE", "LICENSE.txt", "LICENCE"):
+        if (model / name).is_file():
+            return (model / name).read_text(encoding="utf-8", errors="replace")
+    try:
+        card = (model / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    found = re.search(r"^license(?:_name)?:\s*(\S+)", card, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def task_metrics(job: Job) -> list[Metrics]:

@@ -139,8 +139,18 @@ class RolloutWorker:
 
     async def _judge(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         whole = [r for r in rollouts if r.status == "unscored"]
-        judged = iter(await self._pool.score(whole) if whole else [])
+        scored = await self._pool.score(whole) if whole else []
+        judged = iter([r if r.score is not None else self._explained(r) for r in scored])
         return [next(judged) if r.status == "unscored" else r for r in rollouts]
+
+    def _explained(self, rollout: Rollout) -> Rollout:
+        """A rollout whose judge failed, with the words for it: which reward, and why."""
+        for failure in reversed(self._pool.failures):
+            if failure.task == rollout.task.id and failure.status == rollout.status:
+                why = f"reward {failure.reward}: {failure.status}"
+                why += f": {failure.detail}" if failure.detail else ""
+                return replace(rollout, info={**rollout.info, "error": why})
+        return rollout
 
     async def _episode(self, order: GroupOrder, index: int) -> Rollout:
         task = order.task

@@ -33,7 +33,7 @@ def show(args: argparse.Namespace) -> int:
     for group in sorted(read_rollouts(run), key=lambda g: -int(g["update"])):
         if args.update is not None and group["update"] != args.update:
             continue
-        for reply in group["rollouts"]:
+        for reply in group["replies"]:
             value = reply.get("value")
             if args.reason and reply.get("reason") != args.reason:
                 continue
