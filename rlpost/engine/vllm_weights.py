@@ -36,17 +36,20 @@ class WeightsExtension:
     def rlpost_prepare_adapters(self) -> None:
         """Once, before the first request. Takes the adapter wrapper off the head, which no policy
         of ours adapts: it costs a product at every step, and scoring fails in it, because it maps
-        rows to adapters by sampled tokens only. On the CPU gives the rest products that are right
-        and fast.
+        rows to adapters by sampled tokens only. On the CPU, where nothing is compiled, the
+        embedding's goes too, and the rest get products that are right and fast.
         """
-        for module in list(self.model_runner.get_model().modules()):
-            wrapped = getattr(module, "logits_processor", None)
-            if isinstance(wrapped, BaseLayerWithLoRA):
-                module.logits_processor = wrapped.base_layer
-            head = getattr(module, "lm_head", None)
-            if isinstance(head, BaseLayerWithLoRA):  # a tied head is the wrapped embedding
-                module.lm_head = head.base_layer
-        group_products(self.model_runner.lora_manager._adapter_manager)
+        on_cpu = self.vllm_config.device_config.device_type == "cpu"
+        for parent in list(self.model_runner.get_model().modules()):
+            for name, child in list(parent.named_children()):
+                if not isinstance(child, BaseLayerWithLoRA):
+                    continue
+                # a tied head is the wrapped embedding itself (vLLM 0.25.1)
+                head = name in ("logits_processor", "lm_head")
+                if head or (on_cpu and isinstance(child.base_layer, VocabParallelEmbedding)):
+                    setattr(parent, name, child.base_layer)
+        if on_cpu:
+            group_products(self.model_runner.lora_manager._adapter_manager)
 
     def rlpost_reload(self, path: str) -> list[str]:
         """Replaces every weight by the safetensors file at `path`, in place; returns the names

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from rlpost.engine import open_engine
 from rlpost.engine.base import EngineSpec, Sampling
 from rlpost.errors import EngineError
-from tests.conformance.engine_contract import PROMPTS, AdapterContract, FullContract, sample
+from tests.conformance.engine_contract import PROMPTS, AdapterContract, FullContract, sample, turns
 from tests.families import FAMILIES, make
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -69,7 +69,7 @@ async def test_stop_ends_running_requests_with_a_reason(folder):
     engine = open_engine("transformers", EngineSpec(model=folder, max_length=96))
     await engine.start()
     running = asyncio.ensure_future(engine.generate(PROMPTS[0], Sampling(max_tokens=80)))
-    await asyncio.sleep(0.01)
+    await turns()
     await engine.stop()
     with pytest.raises(EngineError, match="stopped"):
         await running
