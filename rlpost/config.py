@@ -190,7 +190,11 @@ class RolloutTable(Table):
     truncated: Literal["lowest", "mask"] = Field(
         "lowest", description="run-on JSON must cost something; mask only for reasoning jobs"
     )
-    max_running: int = Field(64, ge=1, description="requests that an engine computes at once")
+    max_running: int | None = Field(
+        None,
+        ge=1,
+        description="requests that an engine computes at once: 64 on the CPU, 256 on GPUs",
+    )
     kv_cache_mb: int | None = Field(
         None, ge=16, description="512 on the CPU; the engine's share on a GPU"
     )
@@ -388,6 +392,9 @@ def _check_together(job: Job) -> None:
     if job.environment.use == "jsonl" and job.data.train is None:
         cure = 'say train = "rows.jsonl" under [data], or name an [environment]'
         mistake("no rows", "data", cure=cure)
+    if isinstance(job.run.gpus, Gpus) and job.run.gpus.learner > 1:
+        problem = f"run.gpus.learner = {job.run.gpus.learner}: more than one is not built yet"
+        mistake(problem, "run", "gpus", cure="set it to 1")
     reply, length = job.rollout.max_reply_tokens, job.model.max_length
     if reply and reply >= length:
         mistake(

@@ -137,6 +137,8 @@ def test_other_keys_of_a_reward_are_its_arguments_and_its_name_is_the_functions(
         ("updates = 5", "gpus = { rolout = 1 }", "run.gpus.rolout is not a field of [run.gpus]"
          " (job.toml, line 3); did you mean rollout?"),
         ("updates = 5", "gpus = { rollout = 0 }", "run.gpus.rollout: input should be greater"),
+        ("updates = 5", "gpus = { learner = 2 }", "run.gpus.learner = 2: more than one is not built"
+         " yet (job.toml, line 3); set it to 1"),
         ('path = "m"', "", "model.path is missing (job.toml, line 4); add path under [model]"),
         ('use = "extraction"', "", "reward.0.use is missing (job.toml, line 8);"
          " add use under [[reward]]"),

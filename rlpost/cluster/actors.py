@@ -237,12 +237,6 @@ def place(job: Job, source: JobSource) -> tuple[list[RayRollout], RayLearner]:
         rollout_share = learner_share = 0.5
     elif job.run.gpus != "cpu":
         workers, rollout_share, learner_share = job.run.gpus.rollout, 1.0, 1.0
-        if job.run.gpus.learner != 1:
-            raise JobError(
-                f"run.gpus.learner = {job.run.gpus.learner}: more than one is not built yet",
-                place="job.toml",
-                cure="set it to 1",
-            )
     environment = {"env_vars": _environment(job)}
     rollouts = [
         RayRollout(
@@ -284,13 +278,13 @@ def check_resources(job: Job) -> None:
         cure = 'gpus = "colocated" needs one, gpus = "cpu" none' if there < 2 else "ask for fewer"
         raise JobError(
             f"run.gpus asks for {needed} GPU{'s' if needed > 1 else ''} and there are {there}",
-            place="job.toml",
+            **job.at("run", "gpus"),
             cure=cure,
         )
     if free < needed:
         raise JobError(
             f"run.gpus asks for {needed} GPUs and {free:g} of {there} are free",
-            place="job.toml",
+            **job.at("run", "gpus"),
             cure="wait for the other job, or ask for fewer",
         )
 
