@@ -58,7 +58,7 @@ DEFAULTS = {  # design.md, sections 6 and 8
     "scoring.trusted": True, "scoring.unscored_limit": 0.05,
     "rollout.tasks_per_update": 32, "rollout.group_size": 8, "rollout.staleness": None,
     "rollout.temperature": 1.0, "rollout.max_reply_tokens": None, "rollout.refill": False,
-    "rollout.drop_after": None, "rollout.truncated": "lowest", "rollout.max_running": 64,
+    "rollout.drop_after": None, "rollout.truncated": "lowest", "rollout.max_running": None,
     "rollout.kv_cache_mb": None,
     "learner.method": "lora", "learner.learning_rate": None, "learner.warmup": 5,
     "learner.clip_norm": 1.0, "learner.loss": "cispo", "learner.clip_low": None,
