@@ -38,7 +38,7 @@ def main() -> int:
         command += ["--set", override]
     done = subprocess.run(command, check=False)
     seconds = time.monotonic() - began
-    if done.returncode not in (0, 1) or not list(args.out.glob("checkpoints/update-*")):
+    if done.returncode not in (0, 1, 130) or not list(args.out.glob("checkpoints/update-*")):
         return done.returncode or 1
     result = asyncio.run(compare(args.data / "dev.jsonl", overrides, args.out, rows=args.rows))
     result["run_seconds"] = round(seconds, 1)

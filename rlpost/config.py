@@ -133,6 +133,9 @@ class Data(Table):
     )
     tools: str | None = Field(None, description="the column with the tools in OpenAI's form")
     id: str | None = Field(None, description="the column that names a row; else its line number")
+    too_long: Literal["refuse", "skip"] = Field(
+        "refuse", description="rows beyond model.max_length: an error, or left out and listed"
+    )
 
 
 class Environment(OpenTable):

@@ -7,6 +7,7 @@ runs.
 
 import difflib
 import inspect
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Prepared:
     max_reply_tokens: int
     longest_prompt: int  # tokens
     probes: Sequence[Sequence[int]]  # prompt + gold, as tokens
+    too_long: Sequence[str] = ()  # ids of rows left out by data.too_long = "skip"
 
 
 def open_env(job: Job) -> Env:
@@ -139,23 +141,24 @@ def prepare(job: Job, *, renderer: "Renderer | None" = None) -> Prepared:
     Without a renderer (no tokenizer at hand) lengths are not measured and there are no probes.
     """
     errors: list[UserError] = []
-    for step in (lambda: resolve_rewards(job), lambda: _check_reward_columns(job)):
+    for step in (
+        lambda: resolve_rewards(job),
+        lambda: _check_reward_columns(job),
+        lambda: _check_positions(job),
+    ):
         _collect(step, errors)
     env = _collect(lambda: open_env(job), errors)
     if env is None:
         _raise(errors)
     tasks = _collect(lambda: _tasks(job, env), errors) or []
-    split = _collect(
-        lambda: rows.split(
-            tasks, job.data.validation, seed=job.run.seed, split_by=job.data.split_by
-        ),
-        errors,
-    ) if tasks else None  # fmt: skip
-    reply, longest, probes = job.rollout.max_reply_tokens or WITHOUT_GOLD, 0, []
+    reply, longest, left_out = job.rollout.max_reply_tokens or WITHOUT_GOLD, 0, []
+    probes: list[list[int]] = []
     if renderer is not None and tasks:
         reply = job.rollout.max_reply_tokens or reply_limit(tasks, renderer)
-        longest = _collect(lambda: _measure(job, tasks, renderer, reply), errors) or 0
+        measured = _collect(lambda: _measure(job, tasks, renderer, reply), errors)
+        tasks, longest, left_out = measured or (tasks, 0, [])
         probes = _probes(tasks, renderer)
+    split = _collect(lambda: _split(job, tasks), errors) if tasks else None
     _raise(errors)
     train, validation = split or ([], [])
     return Prepared(
@@ -166,7 +169,13 @@ def prepare(job: Job, *, renderer: "Renderer | None" = None) -> Prepared:
         max_reply_tokens=reply,
         longest_prompt=longest,
         probes=probes,
+        too_long=left_out,
     )
+
+
+def _split(job: Job, tasks: Sequence[Task]) -> tuple[list[Task], list[Task]]:
+    data = job.data
+    return rows.split(tasks, data.validation, seed=job.run.seed, split_by=data.split_by)
 
 
 def reply_limit(tasks: Sequence[Task], renderer: "Renderer") -> int:
@@ -179,6 +188,25 @@ def reply_limit(tasks: Sequence[Task], renderer: "Renderer") -> int:
     if not lengths:
         return WITHOUT_GOLD
     return max(LEAST_REPLY, 2 * lengths[math.ceil(0.99 * len(lengths)) - 1])
+
+
+def _check_positions(job: Job) -> None:
+    """A model reads no more positions than it was made for."""
+    try:
+        config = json.loads((model_folder(job) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"config.json of {job.model.path} cannot be read: {error}",
+            **job.at("model", "path"),
+            cure="mend it",
+        ) from None
+    most = config.get("text_config", config).get("max_position_embeddings")
+    if isinstance(most, int) and job.model.max_length > most:
+        raise ModelError(
+            f"model.max_length is {job.model.max_length} and {job.model.path} reads {most} tokens",
+            **job.at("model", "max_length"),
+            cure=f"set model.max_length to {most} at most",
+        )
 
 
 def _tasks(job: Job, env: Env) -> list[Task]:
@@ -219,22 +247,26 @@ def _check_reward_columns(job: Job) -> None:
                 )
 
 
-def _measure(job: Job, tasks: Sequence[Task], renderer: "Renderer", reply: int) -> int:
-    """The longest prompt in tokens. Raises RowError naming the rows that do not fit, and what
-    would."""
+def _measure(
+    job: Job, tasks: Sequence[Task], renderer: "Renderer", reply: int
+) -> tuple[list[Task], int, list[str]]:
+    """The tasks that fit, the longest prompt in tokens, and the ids left out. Raises RowError
+    naming the rows that do not fit and what would, unless data.too_long is "skip"."""
     renderer.check(tasks[0])
     lengths = [len(renderer.prompt(task.messages, tools=task.tools)) for task in tasks]
     room = job.model.max_length - reply
+    fitting = [task for task, n in zip(tasks, lengths, strict=True) if n <= room]
     long = [(task.id, n) for task, n in zip(tasks, lengths, strict=True) if n > room]
-    if long:
+    if long and (job.data.too_long == "refuse" or len(fitting) < 2):
         named = ", ".join(f"{id} ({n})" for id, n in long[:5]) + (", …" if len(long) > 5 else "")
         raise RowError(
             f"{len(long)} of {len(tasks)} prompts are longer than {room} tokens"
             f" (model.max_length {job.model.max_length} less {reply} for the reply): {named}",
             place=job.data.train or job.environment.use,
-            cure=f"set model.max_length to {max(lengths) + reply} or take the rows out",
+            cure=f"set model.max_length to {max(lengths) + reply}, or data.too_long to"
+            ' "skip" to leave the rows out',
         )
-    return max(lengths)
+    return fitting, max(n for n in lengths if n <= room), [id for id, _ in long]
 
 
 def _probes(tasks: Sequence[Task], renderer: "Renderer") -> list[list[int]]:

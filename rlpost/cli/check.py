@@ -86,7 +86,11 @@ def _renderer(job: Job) -> Any:
 def _describe(job: Job, prepared: Prepared) -> list[str]:
     rows = f"{len(prepared.train)} training and {len(prepared.validation)} validation tasks"
     prompt, reply = prepared.longest_prompt, prepared.max_reply_tokens
-    return [f"{rows}; longest prompt {prompt} tokens, replies up to {reply}"]
+    notes = [f"{rows}; longest prompt {prompt} tokens, replies up to {reply}"]
+    if prepared.too_long:
+        ids = ", ".join(prepared.too_long)
+        notes.append(f"left out, too long for model.max_length: {len(prepared.too_long)} ({ids})")
+    return notes
 
 
 def _try_rewards(job: Job, prepared: Prepared, *, quick: bool) -> list[str]:
