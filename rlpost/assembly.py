@@ -94,6 +94,10 @@ def build_worker(job: Job) -> "RolloutWorker":
     """A rollout worker of this job, not started. Its scoring processes must start before its
     engine."""
     set_threads(job)
+    if device(job) == "cpu":
+        # vLLM's adapters multiply by batched MKL calls whose rounding depends on the batch; strict
+        # reproducibility makes a seeded reply the same whatever else runs, at no cost measured
+        os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
     from rlpost.engine import open_engine
     from rlpost.policy.renderer import Renderer
     from rlpost.rollout_worker import RolloutWorker
