@@ -51,6 +51,7 @@ DEFAULTS = {  # design.md, sections 6 and 8
     "lora.rank": 16, "lora.alpha": 32.0,
     "data.train": "x.jsonl", "data.heldout": None, "data.validation": 0.15, "data.split_by": None,
     "data.prompt": None, "data.answer": None, "data.schema": None, "data.tools": None,
+    "data.too_long": "refuse",
     "data.id": None, "environment.use": "jsonl",
     "reward[0].weight": 1.0, "reward[0].gate": False, "reward[0].range": (0.0, 1.0),
     "reward[0].name": None,

@@ -4,6 +4,7 @@ torch."""
 import argparse
 import asyncio
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from rlpost.config import Job, explain, read_job
@@ -63,12 +64,18 @@ def check_job(job: Job, *, quick: bool) -> list[str]:
     try:
         prepared = prepare(job, renderer=renderer)
     except UserErrors as several:
-        raise UserErrors([*errors, *several.errors]) from None
+        raise _all([*errors, *several.errors]) from None
     except UserError as error:
-        raise (UserErrors([*errors, error]) if errors else error) from None
+        raise _all([*errors, error]) from None
     if errors:
-        raise errors[0] if len(errors) == 1 else UserErrors(errors)
+        raise _all(errors)
     return [*_describe(job, prepared), *_try_rewards(job, prepared, quick=quick)]
+
+
+def _all(errors: Sequence[UserError]) -> UserError:
+    """Every mistake once, whoever found it first: the tokenizer and the rows both miss a model."""
+    told = list({str(error): error for error in errors}.values())
+    return told[0] if len(told) == 1 else UserErrors(told)
 
 
 def _renderer(job: Job) -> Any:
