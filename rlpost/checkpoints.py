@@ -56,7 +56,10 @@ def _finish(root: Path, partial: Path, final: Path, text: str) -> None:
     write_whole(partial / CONTROLLER, text.encode())
     hashes = {name: _hash(partial / name) for name in (CONTROLLER, f"{LEARNER}/{MANIFEST}")}
     write_whole(partial / MANIFEST, json.dumps({"format": 1, "sha256": hashes}).encode())
-    shutil.rmtree(final, ignore_errors=True)  # the same update, saved before it was left
+    if final.exists():  # the same update, saved before it was left: absent for two renames only
+        aside = root / f"{final.name}.old"
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
     partial.rename(final)
     sync_folder(root)
 
@@ -139,6 +142,8 @@ def _prune(root: Path, *, keep: int, best: int | None) -> None:
     for folder in folders:
         if folder.name not in kept:
             shutil.rmtree(folder, ignore_errors=True)
+    for folder in root.glob("update-?????.*"):  # replaced, or left half-written by a kill
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _hash(path: Path) -> str:

@@ -142,6 +142,15 @@ async def test_a_save_that_is_cut_short_leaves_no_checkpoint_and_the_last_one_wh
     assert checkpoints.newest(tmp_path)[0].name == "update-00002"
 
 
+async def test_what_a_kill_left_half_written_is_cleared_away_by_the_next_save(tmp_path):
+    (tmp_path / "update-00007.partial" / "learner").mkdir(parents=True)
+    await save(tmp_path, 8)
+    (tmp_path / "update-00008.old" / "learner").mkdir(parents=True)
+    (tmp_path / "update-00006.old").mkdir()
+    await save(tmp_path, 8)
+    assert names(tmp_path) == ["update-00008"]
+
+
 def test_no_checkpoint_at_all_is_an_error_that_says_what_to_do(tmp_path):
     with pytest.raises(CheckpointError, match="holds no whole checkpoint; start the job anew"):
         checkpoints.newest(tmp_path)
