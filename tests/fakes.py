@@ -1,6 +1,7 @@
 """Stand-ins for unit tests of the loop: an engine and a learner whose policy is one number.
 
-Never used for a claim: everything the README says is shown with real vLLM, real Ray and a real learner.
+Never used for a claim: everything the README says is shown with real vLLM, real Ray and a real
+learner.
 """
 
 import asyncio
@@ -37,7 +38,8 @@ def group(
 
 
 class FakeRollout:
-    """A rollout client: takes a random while, remembers under which version each group was sampled."""
+    """A rollout client: takes a random while, remembers under which version each group was
+    sampled."""
 
     name = "rollout-0"
 

@@ -122,7 +122,8 @@ async def test_refill_ends_at_four_times_p():
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_staleness_never_exceeds_s(S, P, seed, refill, lockstep):
-    """Groups finish in any order, some are useless, late or unscored; updates follow one another."""
+    """Groups finish in any order, some are useless, late or unscored; updates follow one
+    another."""
 
     async def run() -> None:
         rng = random.Random(seed)
