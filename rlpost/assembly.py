@@ -112,6 +112,7 @@ def build_worker(job: Job) -> "RolloutWorker":
         deadline=job.scoring.deadline,
         memory_bytes=job.scoring.memory_mb << 20,
         trusted=job.scoring.trusted,
+        allow_untrusted=job.scoring.allow_untrusted,
         on_timeout="stop" if job.run.lockstep else "score",
     )
     return RolloutWorker(
@@ -197,7 +198,7 @@ def export_job(job: Job, checkpoint: Path, out: Path) -> dict[str, Any]:
     schema_file = job.beside(job.data.answer_schema) if job.data.answer_schema else None
     surroundings = Surroundings(
         prompt=prompt_file.read_text() if prompt_file and prompt_file.is_file() else "",
-        schema=json.loads(schema_file.read_text()) if schema_file else None,
+        schema=json.loads(schema_file.read_text()) if schema_file else _first_schema(job),
         chat_template_arguments={"enable_thinking": job.model.thinking},
         licence=job.model.license or licence(model),
         serve_command=f"vllm serve {{model}} --max-model-len {job.model.max_length}"
@@ -206,6 +207,12 @@ def export_job(job: Job, checkpoint: Path, out: Path) -> dict[str, Any]:
     )
     where = "cuda" if device(job) == "cuda" and torch.cuda.is_available() else "cpu"
     return export(checkpoint, model, out, surroundings=surroundings, device=where)
+
+
+def _first_schema(job: Job) -> Any:
+    """The schema that the environment's first task asks for, where the job names no file."""
+    first = next(iter(open_env(job).tasks()), None)
+    return dict(first.schema) if first is not None and first.schema else None
 
 
 def licence(model: Path) -> str:
