@@ -10,57 +10,25 @@ The controller alone writes the run directory and exports the metrics.
 
 import asyncio
 import contextlib
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rlpost import checkpoints
 from rlpost.buffer import Buffer, TaskQueue, Ticket
-from rlpost.clients import Announcement, LearnerClient, RolloutClient
-from rlpost.errors import Interrupted, ProofError, RunError
-from rlpost.evaluation import Evaluation, Metrics, evaluate
-from rlpost.grpo.advantage import advantages, usefulness
-from rlpost.grpo.packing import pack
+from rlpost.clients import LearnerClient, RolloutClient
+from rlpost.errors import Interrupted, RunError
+from rlpost.evaluation import Curve, Metrics, evaluate, value_of
 from rlpost.health import Health
 from rlpost.metrics import RunMetrics
-from rlpost.policy.proof import Proof, ProofReport
 from rlpost.preparation import Prepared
+from rlpost.publisher import Publisher
+from rlpost.records import Phases, Progress, Records, Update
 from rlpost.rollout_worker import GroupOrder
 from rlpost.run_directory import RunDirectory
-from rlpost.types import Group, StepReport
+from rlpost.update import update
 
 TICK = 1.0  # seconds between looks at stragglers and statistics
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a watcher sees; plain values only."""
-
-    phase: str = "starting"
-    update: int = 0
-    updates: int = 0
-    version: int = 0
-    reward: float | None = None
-    evals: list[tuple[int, float]] = field(default_factory=list)
-    best: tuple[int, float] | None = None
-    seconds: float = 0.0
-    eta: float | None = None
-    message: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
-@dataclass(slots=True, kw_only=True)
-class Phases:
-    """Seconds of one update, by what the learner's side did."""
-
-    wait: float = 0.0  # for a full cohort
-    learn: float = 0.0
-    publish: float = 0.0
-    proof: float = 0.0
 
 
 class Controller:
@@ -96,21 +64,30 @@ class Controller:
             unscored_limit=job.scoring.unscored_limit,
             non_finite_limit=job.health.non_finite_limit,
         )
-        self._proof = Proof()
-        self._weakest: ProofReport | None = None  # of the last publish
+        self._records = Records(job, run, metrics)
+        self._curve = Curve(points=self.progress.evals)
+        self._publisher = Publisher(
+            workers,
+            learner,
+            probes=prepared.probes,
+            attempts=job.health.proof_limit,
+            metrics=metrics,
+            event=self._event,
+        )
         self._busy = {worker.name: 0 for worker in workers}
         self._learner_info: Mapping[str, Any] = {}
         self._version = 0  # of the learner
         self._update = 0  # updates done
-        self._best: tuple[int, float] | None = None
-        self._evals_without_gain = 0
         self._stopping = False
         self._settled = False  # learner, buffer and counters speak of the same update
         self._samplers: set[asyncio.Task[None]] = set()
         self._again: list[Ticket] = []  # groups that a checkpoint had in flight
         self._failure: asyncio.Future[None] | None = None
-        self.progress = Progress(updates=job.run.updates)
-        self._began = time.monotonic()
+
+    @property
+    def progress(self) -> Progress:
+        """What a watcher sees, at any time."""
+        return self._records.progress
 
     async def run(self, *, resume: bool = False) -> Progress:
         self._failure = asyncio.get_running_loop().create_future()
@@ -137,7 +114,7 @@ class Controller:
     # -- start -------------------------------------------------------------------------------------
 
     async def _start(self, *, resume: bool) -> None:
-        self._phase("starting engines and learner")
+        self._records.phase("starting engines and learner")
         if (
             self._job.run.gpus == "colocated"
         ):  # an engine measures the card's free memory as it starts
@@ -148,43 +125,24 @@ class Controller:
                 self._learner.start(), *(worker.start() for worker in self._workers)
             )
         self._event(
-            "started", seconds=round(time.monotonic() - self._began, 2),
+            "started", seconds=round(self._records.seconds, 2),
             learner=dict(self._learner_info), workers=[dict(info) for info in engines],
         )  # fmt: skip
         if resume:
             await self._restore()
-        self._phase("proving that the engines follow")
-        await self._prove_canary()
-        await self._publish(Phases())
+        self._records.phase("proving that the engines follow")
+        await self._publisher.prove_canary(self._job.run.seed)
+        await self._publisher.publish(Phases(), serving=self._buffer.version)
         self._buffer.version = self._version
         self._settled = True
         if not resume:
             await self._evaluate()
             await self._save()  # the start policy may stay the best, and a kill may come early
 
-    async def _prove_canary(self) -> None:
-        """A random, non-zero policy must be followed: LoRA starts at B = 0, so a no-op would pass
-        without."""
-        header, payload = await self._learner.canary(self._job.run.seed)
-        for worker in self._workers:
-            await worker.publish(header, payload)
-            report = await self._proof.prove_canary(
-                worker,
-                _Served(self._learner),
-                header.version,
-                self._prepared.probes,
-                expected=header.fingerprint,
-            )
-            self._event("canary", worker=worker.name, **_plain(report))
-            if not report.holds:
-                raise ProofError(
-                    f"{worker.name} does not follow the learner: {report}; nothing was trained"
-                )
-
     # -- the loops ---------------------------------------------------------------------------------
 
     async def _loops(self) -> None:
-        self._phase("training")
+        self._records.phase("training")
         feed = asyncio.create_task(self._feed())
         ticks = asyncio.create_task(self._tick())
         train = asyncio.create_task(self._train())
@@ -261,7 +219,7 @@ class Controller:
                     self._event("dropped", group=ticket.id, task=ticket.task.id, reason="late")
             running = sum(1 for _ in self._buffer.running())
             self._metrics.buffered(running=running, finished=self._buffer.finished)
-            self.progress.seconds = time.monotonic() - self._began
+            self.progress.seconds = self._records.seconds
 
     async def _train(self) -> None:
         while self._update < self._job.run.updates and not self._stopping:
@@ -272,96 +230,33 @@ class Controller:
                 break
             phases.wait = time.monotonic() - began
             self._settled = False
-            report = await self._learn(groups, phases)
+            learning = time.monotonic()
+            report = await update(
+                groups, self._learner, self._job,
+                info=self._learner_info, number=self._update, version=self._version,
+            )  # fmt: skip
+            phases.learn = time.monotonic() - learning
             if self._job.run.lockstep:
                 await self._buffer.quiet()
             if report.policy_version != self._version:
                 self._version = report.policy_version
-                await self._publish(phases)
+                await self._publisher.publish(phases, serving=self._buffer.version)
             staleness = self._buffer.staleness(
                 groups, learner_version=report.policy_version - (not report.skipped)
             )
             await self._buffer.release(version=self._version)
             self._update += 1
             self._settled = True
-            await self._record(groups, report, phases, staleness, time.monotonic() - began)
+            done = Update(
+                number=self._update, groups=groups, report=report, phases=phases,
+                staleness=staleness, seconds=time.monotonic() - began,
+                proof=self._publisher.weakest, dropped=self._buffer.dropped,
+            )  # fmt: skip
+            statistics = [dict(await worker.statistics()) for worker in self._workers]
+            self._records.write(done, statistics)
             self._watch(self._health.after_update, report)
             if self._failing or not await self._after_update():
                 break
-
-    async def _learn(self, groups: Sequence[Group], phases: Phases) -> StepReport:
-        began = time.monotonic()
-        rules, job = self._job.learner, self._job
-        gains = advantages(
-            groups,
-            baseline=rules.baseline,
-            scale=rules.scale,
-            min_spread=rules.min_spread,
-            parts=rules.parts,
-            weights={spec.name: spec.weight for spec in job.rewards if not spec.gate},
-        )
-        batches = pack(
-            groups,
-            gains,
-            tokens=int(self._learner_info["micro_batch_tokens"]),
-            padded=self._learner_info["layout"] == "padded",
-            mask_truncated=job.rollout.truncated == "mask",
-        )
-        if not batches:  # every group is all good or all bad: no gradient, and no version
-            report = _nothing_to_learn(self._version)
-        else:
-            measure = self._learner_info["can_measure_kl"] and self._update % rules.kl_every == 0
-            report = await self._learner.update(batches, measure_kl=measure)
-        phases.learn = time.monotonic() - began
-        return report
-
-    async def _publish(self, phases: Phases) -> None:
-        """Brings the learner's version to every engine; returns once each has proven that it serves
-        it."""
-        self._metrics.phase("publish")
-        announcement = await self._learner.publication()
-        for attempt in range(1, self._job.health.proof_limit + 1):
-            failed = await self._publish_once(announcement, phases)
-            if not failed:
-                return
-            self._event("proof_failed", version=self._version, attempt=attempt, failures=failed)
-            self._metrics.proof_failed()
-        raise ProofError(
-            f"version {self._version} was published {self._job.health.proof_limit} times and the"
-            f" engines still do not serve it: {'; '.join(failed)}. They serve version"
-            f" {self._buffer.version}"
-        )
-
-    async def _publish_once(self, announcement: Announcement, phases: Phases) -> list[str]:
-        began = time.monotonic()
-        await asyncio.gather(*(worker.publish(*announcement) for worker in self._workers))
-        published = time.monotonic()
-        header = announcement[0]
-        reports = [
-            await self._proof.prove(
-                worker,
-                _Served(self._learner),
-                header.version,
-                self._prepared.probes,
-                expected=header.fingerprint,
-                name=worker.name,
-            )
-            for worker in self._workers
-        ]
-        phases.publish += published - began
-        phases.proof += time.monotonic() - published
-        self._weakest = min(reports, key=lambda report: report.power)
-        self._metrics.published(
-            seconds=published - began,
-            proof_seconds=time.monotonic() - published,
-            slope=self._weakest.slope,
-            power=self._weakest.power,
-        )
-        return [
-            f"{worker.name}: {report}"
-            for worker, report in zip(self._workers, reports, strict=True)
-            if not report.holds
-        ]
 
     @property
     def _failing(self) -> bool:
@@ -386,8 +281,8 @@ class Controller:
         go_on, better = True, False
         if self._update % job.eval.every == 0 or last:
             better = await self._evaluate()
-            if job.eval.patience and self._evals_without_gain >= job.eval.patience:
-                self._event("early_stop", patience=job.eval.patience, best=self._best)
+            if job.eval.patience and self._curve.without_gain >= job.eval.patience:
+                self._event("early_stop", patience=job.eval.patience, best=self._curve.best)
                 go_on = False
         if better or last or not go_on or self._update % job.run.checkpoint_every == 0:
             await self._save()
@@ -404,14 +299,9 @@ class Controller:
             max_reply_tokens=self._prepared.max_reply_tokens,
             metrics=self._task_metrics,
         )
-        value = self._eval_value(result)
-        better = not math.isnan(value) and (self._best is None or value > self._best[1])
-        if better:
-            self._best, self._evals_without_gain = (self._update, value), 0
-        else:
-            self._evals_without_gain += 1
-        self.progress.evals.append((self._update, value))
-        self.progress.best = self._best
+        value = value_of(result, self._job.eval.metric)
+        better = self._curve.add(self._update, value)
+        self.progress.best = self._curve.best
         self._run.append_evaluation(self._update, result.summary(), result.rollouts)
         self._metrics.evaluated(result.score, result.metrics, update=self._update)
         self._event(
@@ -419,70 +309,6 @@ class Controller:
             better=better, seconds=round(time.monotonic() - began, 2),
         )  # fmt: skip
         return better
-
-    def _eval_value(self, result: Evaluation) -> float:
-        metric = self._job.eval.metric
-        try:
-            return result.value(metric)
-        except KeyError:
-            known = ", ".join(["score", *result.metrics, *result.parts])
-            raise RunError(
-                f"eval.metric = {metric!r} is not measured by this job's rewards;"
-                f" there are: {known}"
-            ) from None
-
-    async def _record(
-        self,
-        groups: Sequence[Group],
-        report: StepReport,
-        phases: Phases,
-        staleness: int,
-        seconds: float,
-    ) -> None:
-        values = [value for group in groups for value in group.values]
-        reward = math.fsum(values) / len(values) if values else math.nan
-        statistics = [dict(await worker.statistics()) for worker in self._workers]
-        self._run.append_metrics(
-            self._update,
-            reward=reward,
-            reward_std=_deviation(values, reward),
-            parts=_part_means(groups),
-            groups=_outcomes(groups, self._job.learner.min_spread),
-            staleness=staleness,
-            version=report.policy_version,
-            truncated=_share(groups, lambda rollout: rollout.stop_reason == "length"),
-            reply_tokens=_reply_tokens(groups),
-            loss=report.loss,
-            grad_norm=report.grad_norm,
-            entropy=report.entropy,
-            clip_fraction=report.clip_fraction,
-            logprob_gap=report.logprob_gap,
-            kl=report.kl,
-            ratio_mean=report.ratio_mean,
-            effective_sample_size=report.effective_sample_size,
-            guarded_sequences=report.guarded_sequences,
-            learning_rate=report.learning_rate,
-            tokens=report.tokens,
-            skipped=report.skipped,
-            proof_slope=self._weakest.slope if self._weakest else math.nan,
-            proof_power=self._weakest.power if self._weakest else 0.0,
-            dropped=dict(self._buffer.dropped),
-            seconds={
-                "update": seconds, "wait": phases.wait, "learn": phases.learn,
-                "publish": phases.publish, "proof": phases.proof,
-            },
-        )  # fmt: skip
-        self._run.append_rollouts(self._update, groups, limit=self._job.run.keep_samples)
-        self._metrics.updated(
-            update=self._update, report=report, groups=groups, staleness=staleness,
-            learner_wait=phases.wait, dropped=self._buffer.dropped, workers=statistics,
-            min_spread=self._job.learner.min_spread, seconds=seconds,
-            eta=(self._job.run.updates - self._update) * seconds,
-        )  # fmt: skip
-        progress = self.progress
-        progress.update, progress.version, progress.reward = self._update, self._version, reward
-        progress.seconds = time.monotonic() - self._began
-        progress.eta = (self._job.run.updates - self._update) * seconds
 
     # -- checkpoints -------------------------------------------------------------------------------
 
@@ -492,11 +318,9 @@ class Controller:
         state = {
             "update": self._update,
             "version": self._version,
-            "best": self._best,
-            "evals": self.progress.evals,
-            "evals_without_gain": self._evals_without_gain,
+            **self._curve.state(),
             "buffer": self._buffer.state(),
-            "seconds": time.monotonic() - self._began,
+            "seconds": self._records.seconds,
         }
         await checkpoints.save(
             self._run.path / "checkpoints",
@@ -504,7 +328,7 @@ class Controller:
             state,
             self._learner,
             keep=self._job.run.keep_checkpoints,
-            best=self._best[0] if self._best else None,
+            best=self._curve.best[0] if self._curve.best else None,
         )
         self._metrics.saved(time.monotonic() - began)
         self._event("checkpoint", seconds=round(time.monotonic() - began, 3))
@@ -513,10 +337,8 @@ class Controller:
         folder, state = checkpoints.newest(self._run.path / "checkpoints", note=self._event)
         self._version = await self._learner.load(str(folder / "learner"))
         self._update = state["update"]
-        self._best = tuple(state["best"]) if state["best"] else None
-        self._evals_without_gain = state["evals_without_gain"]
-        self.progress.evals = [tuple(item) for item in state["evals"]]
-        self.progress.best, self.progress.update = self._best, self._update
+        self._curve.restore(state)
+        self.progress.best, self.progress.update = self._curve.best, self._update
         self._run.supersede_after(self._update)
         tasks = {task.id: task for task in self._prepared.train}
         self._again = self._buffer.restore(state["buffer"], tasks)
@@ -527,14 +349,14 @@ class Controller:
     async def _finish(self) -> None:
         if self._stopping:
             await self._save()
-            self._phase("stopped")
+            self._records.phase("stopped")
             return
-        self._phase("done")
-        self._event("finished", best=self._best)
+        self._records.phase("done")
+        self._event("finished", best=self._curve.best)
 
     async def _pause(self, error: RunError) -> None:
         """Keeps what was done; the cause stands in the events."""
-        self._phase("paused")
+        self._records.phase("paused")
         self._event("paused", error=type(error).__name__, reason=str(error))
         if self._resumable():
             with contextlib.suppress(RunError, OSError):  # the first error is the one to report
@@ -552,70 +374,5 @@ class Controller:
             if isinstance(result, Exception):
                 self._event("stop_failed", error=repr(result))
 
-    def _phase(self, name: str) -> None:
-        self.progress.phase = name
-        self._metrics.phase(name)
-
     def _event(self, kind: str, **fields: Any) -> None:
         self._run.append_event(kind, update=self._update, **fields)
-
-
-class _Served:
-    """The learner as a proof asks it: its policy as the engines hold it."""
-
-    def __init__(self, learner: LearnerClient):
-        self._learner = learner
-        self.canary_logprobs = learner.canary_logprobs
-
-    async def logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        return await self._learner.logprobs(sequences, policy="served")
-
-
-def _plain(report: ProofReport) -> dict[str, Any]:
-    return {
-        "version": report.version,
-        "holds": report.holds,
-        "problems": list(report.problems),
-        "slope": report.slope,
-        "power": report.power,
-        "verdict": report.verdict,
-    }
-
-
-def _nothing_to_learn(version: int) -> StepReport:
-    return StepReport(
-        policy_version=version, loss=0.0, grad_norm=0.0, entropy=math.nan, clip_fraction=0.0,
-        logprob_gap=math.nan, kl=math.nan, tokens=0, seconds=0.0, skipped="no_signal",
-    )  # fmt: skip
-
-
-def _deviation(values: Sequence[float], mean: float) -> float:
-    if not values:
-        return math.nan
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
-
-
-def _part_means(groups: Sequence[Group]) -> dict[str, float]:
-    sums: dict[str, list[float]] = {}
-    for group in groups:
-        for rollout in group.rollouts:
-            for name, value in (rollout.score.parts if rollout.score else {}).items():
-                sums.setdefault(name, []).append(value)
-    return {name: math.fsum(values) / len(values) for name, values in sorted(sums.items())}
-
-
-def _outcomes(groups: Sequence[Group], min_spread: float) -> dict[str, int]:
-    counts = {"useful": 0, "all_good": 0, "all_bad": 0, "unscored": 0}
-    for group in groups:
-        counts[usefulness(group, min_spread=min_spread)] += 1
-    return counts
-
-
-def _share(groups: Sequence[Group], test: Any) -> float:
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    return sum(map(test, rollouts)) / len(rollouts) if rollouts else 0.0
-
-
-def _reply_tokens(groups: Sequence[Group]) -> float:
-    lengths = [sum(r.trajectory.loss_mask) for g in groups for r in g.rollouts if r.trajectory]
-    return sum(lengths) / len(lengths) if lengths else 0.0

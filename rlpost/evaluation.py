@@ -4,10 +4,11 @@ import asyncio
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlpost.clients import RolloutClient
+from rlpost.errors import RunError
 from rlpost.rollout_worker import GroupOrder
 from rlpost.types import Rollout, Task
 
@@ -46,6 +47,47 @@ class Evaluation:
             "truncated": self.truncated,
             "version": self.version,
         }
+
+
+@dataclass(slots=True, kw_only=True)
+class Curve:
+    """The evaluations of a run: the held-out curve, its best point, and how long ago that was."""
+
+    points: list[tuple[int, float]] = field(default_factory=list)  # (update, value)
+    best: tuple[int, float] | None = None
+    without_gain: int = 0  # evaluations since the best
+
+    def add(self, update: int, value: float) -> bool:
+        """True when it is the best so far; NaN never is."""
+        self.points.append((update, value))
+        better = not math.isnan(value) and (self.best is None or value > self.best[1])
+        if better:
+            self.best, self.without_gain = (update, value), 0
+        else:
+            self.without_gain += 1
+        return better
+
+    def state(self) -> dict[str, Any]:
+        """As JSON values, for a checkpoint; `restore` takes it back."""
+        return {
+            "best": self.best, "evals": self.points, "evals_without_gain": self.without_gain,
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.best = tuple(state["best"]) if state["best"] else None
+        self.points[:] = [tuple(point) for point in state["evals"]]
+        self.without_gain = state["evals_without_gain"]
+
+
+def value_of(result: Evaluation, metric: str) -> float:
+    """The metric by which a run is judged. Raises RunError, naming what there is."""
+    try:
+        return result.value(metric)
+    except KeyError:
+        known = ", ".join(["score", *result.metrics, *result.parts])
+        raise RunError(
+            f"eval.metric = {metric!r} is not measured by this job's rewards; there are: {known}"
+        ) from None
 
 
 async def evaluate(

@@ -17,15 +17,15 @@ PACKAGE = ROOT / "rlpost"
 # of the package takes its place here and in the map of README.md.
 ROOMS = {
     "words": [
-        *("errors", "types", "config", "plugins", "env", "reward"),
+        *("errors", "types", "config", "job_errors", "plugins", "env", "reward"),
         *("prompt_template", "row_files", "rows"),
     ],
     "maths": ["grpo", "buffer"],
     "machines": ["engine", "policy", "scoring", "metrics", "run_directory"],
     "workers": ["rollout_worker", "learner", "clients"],
     "loop": [
-        *("checkpoints", "controller", "evaluation", "health"),
-        *("preparation", "assembly", "outcome", "report"),
+        *("controller", "update", "publisher", "records", "checkpoints"),
+        *("evaluation", "health", "preparation", "assembly", "outcome", "report"),
     ],
     "doors": ["cluster", "cli", "compare", "sft", "service", "batch", "route"],
 }
