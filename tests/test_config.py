@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlpost.config import Job, _key_lines, explain, parse_job, read_job
+from rlpost.config import Job, explain, parse_job, read_job
 from rlpost.errors import JobError, UserError, UserErrors
+from rlpost.job_errors import key_lines
 
 JOB = """[run]
 name = "r"
@@ -56,7 +57,7 @@ DEFAULTS = {  # design.md, sections 6 and 8
     "reward[0].weight": 1.0, "reward[0].gate": False, "reward[0].range": (0.0, 1.0),
     "reward[0].name": None,
     "scoring.processes": 1, "scoring.deadline": 10.0, "scoring.memory_mb": 4096,
-    "scoring.trusted": True, "scoring.unscored_limit": 0.05,
+    "scoring.trusted": None, "scoring.allow_untrusted": False, "scoring.unscored_limit": 0.05,
     "rollout.tasks_per_update": 32, "rollout.group_size": 8, "rollout.staleness": None,
     "rollout.temperature": 1.0, "rollout.max_reply_tokens": None, "rollout.refill": False,
     "rollout.drop_after": None, "rollout.truncated": "lowest", "rollout.max_running": None,
@@ -249,7 +250,7 @@ def test_a_mistake_in_set_is_blamed_on_it_and_not_on_a_line_of_the_file(given, s
 
 
 def test_lines_are_found_in_nested_and_list_tables():
-    lines = _key_lines(
+    lines = key_lines(
         'a.b = 1\n[x.y]\nz = 1\n[[reward]]\nuse = "a"\n[reward.fields]\nc = "t"\n[[reward]]\n'
         '  "use" = "b"\n  [ reward.fields ] # of the second\nd = 1\n'
     )
