@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,67 +19,23 @@ import torch
 
 from rlpost.engine.base import Publication
 from rlpost.errors import CheckpointError, ModelError, RunError
-from rlpost.grpo.loss import LossSpec, LossStatistics, Totals, policy_loss
+from rlpost.grpo.loss import LossStatistics, Totals, policy_loss
 from rlpost.grpo.packing import split
+from rlpost.learner_spec import LearnerSpec
 from rlpost.policy import canary, lora, publish
 from rlpost.policy import model as policy_model
-from rlpost.policy.checkpoint import Checkpoint, random_states, restore_random, write
+from rlpost.policy.checkpoint import (
+    Checkpoint,
+    moments,
+    random_states,
+    restore_moments,
+    restore_random,
+    write,
+)
 from rlpost.types import MicroBatch, StepReport
 
 WEIGHTS, OPTIMIZER, RANDOM = "weights.safetensors", "optimizer.safetensors", "random.safetensors"
 STATE, ADAPTER_CONFIG = "learner.json", "adapter_config.json"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LearnerSpec:
-    """What a learner is started with. Defaults are design section 8's."""
-
-    model: str  # a folder
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the base (lora), of the products (full)
-    engine_dtype: str = ""  # "": like dtype
-    method: Literal["lora", "full"] = "lora"
-    rank: int = 16
-    alpha: float = 32.0
-    adapter: str = ""  # a PEFT folder to start from
-    lora_head: bool = False
-    learning_rate: float = 5e-5
-    warmup: int = 5  # updates
-    betas: tuple[float, float] = (0.9, 0.95)
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    loss: str = "cispo"
-    clip_low: float | None = None
-    clip_high: float | None = None
-    ratio_cap: float = 3.0
-    correction: str = "none"
-    correction_cap: float = 3.0
-    kl_coefficient: float = 0.0
-    entropy_coefficient: float = 0.0
-    guard: float = 0.5
-    reply_limit: int = 0  # dr_grpo divides by it; 0: the longest completion of the update
-    keep_start: bool = (
-        False  # full: keep a frozen copy of the start policy to measure the KL against
-    )
-    micro_batch_tokens: int = 4096
-    layout: Literal["auto", "packed", "padded"] = "auto"
-    checkpointing: bool = False  # of layers: saves memory, costs a third more time
-    device: str = "cpu"
-    seed: int = 0
-
-    def loss_spec(self) -> LossSpec:
-        """The loss's own knobs. Raises ValueError for a loss or correction that does not exist."""
-        return LossSpec(
-            kind=self.loss,  # type: ignore[arg-type]  # LossSpec checks it
-            clip_low=self.clip_low,
-            clip_high=self.clip_high,
-            ratio_cap=self.ratio_cap,
-            correction=self.correction,
-            correction_cap=self.correction_cap,
-            kl_coefficient=self.kl_coefficient,
-            entropy_coefficient=self.entropy_coefficient,
-            guard=self.guard,
-        )
 
 
 def _exclusive(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -406,11 +362,6 @@ class Learner:
     @_exclusive
     def save(self, folder: str | Path) -> Path:
         """Weights (fp32), optimizer and random states as a checkpoint folder, whole or absent."""
-        moments = {
-            f"{name}::{key}": value
-            for name, parameter in self._trained.items()
-            for key, value in self._optimizer.state.get(parameter, {}).items()
-        }
         documents = {
             STATE: {
                 "version": self.version,
@@ -418,7 +369,6 @@ class Learner:
                 "method": self.spec.method,
             }
         }
-        weights = self._trained
         if self.spec.method == "lora":
             documents[ADAPTER_CONFIG] = publish.adapter_config(
                 self._model, base_model=self.spec.model, scaled=False
@@ -426,7 +376,11 @@ class Learner:
         return write(
             folder,
             documents=documents,
-            tensors={WEIGHTS: weights, OPTIMIZER: moments, RANDOM: random_states(self.spec.device)},
+            tensors={
+                WEIGHTS: self._trained,
+                OPTIMIZER: moments(self._trained, self._optimizer),
+                RANDOM: random_states(self.spec.device),
+            },
         )
 
     @_exclusive
@@ -436,7 +390,7 @@ class Learner:
         before."""
         checkpoint = Checkpoint(folder)
         state = checkpoint.document(STATE)
-        weights, moments = checkpoint.tensors(WEIGHTS), checkpoint.tensors(OPTIMIZER)
+        weights, kept = checkpoint.tensors(WEIGHTS), checkpoint.tensors(OPTIMIZER)
         generators = checkpoint.tensors(RANDOM)
         shapes = {name: tuple(p.shape) for name, p in self._trained.items()}
         if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
@@ -447,11 +401,6 @@ class Learner:
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(weights[name])
-        self._optimizer.state.clear()
-        for key, value in moments.items():
-            name, kind = key.rsplit("::", 1)
-            parameter = self._trained[name]
-            place = "cpu" if kind == "step" else parameter.device
-            self._optimizer.state[parameter][kind] = value.to(place)
+        restore_moments(kept, self._trained, self._optimizer)
         self.version, self._canary = state["version"], None
         restore_random(generators, device=self.spec.device)

@@ -22,7 +22,7 @@ ROOMS = {
     ],
     "maths": ["grpo", "buffer"],
     "machines": ["engine", "policy", "scoring", "metrics", "run_directory"],
-    "workers": ["rollout_worker", "learner", "clients"],
+    "workers": ["rollout_worker", "learner", "learner_spec", "clients"],
     "loop": [
         *("controller", "update", "publisher", "records", "checkpoints"),
         *("evaluation", "health", "preparation", "assembly", "outcome", "report"),

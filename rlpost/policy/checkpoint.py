@@ -176,3 +176,31 @@ def restore_random(states: Mapping[str, torch.Tensor], *, device: str) -> None:
     random.setstate((version, tuple(values), None if math.isnan(gauss) else gauss))
     if "device" in states and device != "cpu":
         torch.cuda.set_rng_state(states["device"], device)
+
+
+# ── the optimizer ───────────────────────────────────────────────────────────────────────────────
+
+
+def moments(
+    trained: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, torch.Tensor]:
+    """An optimizer's states under `parameter::state`, by the parameters' names in `trained`."""
+    return {
+        f"{name}::{key}": value
+        for name, parameter in trained.items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def restore_moments(
+    kept: Mapping[str, torch.Tensor],
+    trained: Mapping[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Puts back what `moments` returned; step counts stay on the CPU, as torch keeps them."""
+    optimizer.state.clear()
+    for key, value in kept.items():
+        name, kind = key.rsplit("::", 1)
+        parameter = trained[name]
+        place = "cpu" if kind == "step" else parameter.device
+        optimizer.state[parameter][kind] = value.to(place)
