@@ -230,9 +230,15 @@ class RunMetrics:
             self._worked(number, statistics)
 
     def evaluated(
-        self, score: float, metrics: Mapping[str, float], *, update: int | None = None
+        self,
+        score: float,
+        metrics: Mapping[str, float],
+        *,
+        parts: Mapping[str, float] | None = None,
+        update: int | None = None,
     ) -> None:
-        self._set("reward_mean", score, split="validation", part="value")
+        for part, value in {"value": score, **(parts or {})}.items():
+            self._set("reward_mean", value, split="validation", part=part)
         for name, value in {"score": score, **metrics}.items():
             self._set("eval", value, metric=name)
         self._set("eval_update", update)

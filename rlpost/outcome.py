@@ -34,7 +34,7 @@ class Sample:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
     """A run in figures. `overall` and `fields` hold (before, after); `fields` is {field: {kind:
-    …}}."""
+    …}}, `judgements` {(reward, status): …}."""
 
     path: Path
     job: Mapping[str, Any]
@@ -47,6 +47,7 @@ class Outcome:
     fields: Mapping[str, Mapping[str, Pair]] = field(default_factory=dict)
     samples: Sequence[Sample] = ()
     reasons: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    judgements: Mapping[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
 
     @property
     def evaluations(self) -> dict[int, Mapping[str, Any]]:
@@ -83,6 +84,7 @@ def read_outcome(run_dir: str | Path) -> Outcome:
         fields=fields,
         samples=_samples(*replies) if after != before else [],
         reasons=_reasons(*replies),
+        judgements=_judgements(*replies),
     )
 
 
@@ -168,6 +170,22 @@ def _reasons(*evaluations: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, 
         counts.append(Counter(_why(reply) for reply in wrong))
     old, new = counts
     return {reason: (old[reason], new[reason]) for reason, _ in (old + new).most_common()}
+
+
+def _judgements(
+    *evaluations: Sequence[Mapping[str, Any]],
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """{(reward, status): (before, after)} of the validation replies, reward by reward."""
+    old, new = (
+        Counter(
+            pair
+            for record in records
+            for reply in record["replies"]
+            for pair in (reply.get("statuses") or {}).items()
+        )
+        for records in evaluations
+    )
+    return {pair: (old[pair], new[pair]) for pair in sorted(old | new)}
 
 
 def _why(reply: Mapping[str, Any]) -> str:

@@ -298,7 +298,9 @@ def _check_arguments(
     needed = [
         p.name
         for p in parameters
-        if p.kind is p.KEYWORD_ONLY and p.default is p.empty and p.name not in arguments
+        if p.kind is p.KEYWORD_ONLY
+        and p.default is p.empty
+        and p.name not in {*arguments, "base_dir"}  # the scoring process gives that one
     ]
     if unknown:
         close = difflib.get_close_matches(unknown[0], [*keywords, *also], n=1)

@@ -37,7 +37,7 @@ def write_report(run_dir: str | Path) -> Path:
     sections += [
         _section("Before and after", [_overall_table(outcome), _field_table(outcome)]),
         _section("Three tasks of the validation rows", map(_sample_text, outcome.samples)),
-        _section("What was still wrong", [_reason_table(outcome)]),
+        _section("What was still wrong", [_reason_table(outcome), _judgement_table(outcome)]),
         _section("Time", [_time_table(outcome)]),
         _section("Events", [_event_list(outcome)]),
         _section("Model", [_model_text(outcome)]),
@@ -121,6 +121,15 @@ def _reason_table(outcome: Outcome) -> str:
         listed = ", ".join(f"{n} {why}" for why, n in skipped.items())
         notes.append(f"Updates that moved no weight: {listed}.")
     return "\n\n".join(filter(None, [text, *notes]))
+
+
+def _judgement_table(outcome: Outcome) -> str:
+    """Every reward with the ways its judgements ended, as a failed judge is not a bad reply."""
+    rows = [
+        [reward, status, str(old), str(new)]
+        for (reward, status), (old, new) in outcome.judgements.items()
+    ]
+    return _table(["reward", "judgement", "before", "after"], rows)
 
 
 def _time_table(outcome: Outcome) -> str:

@@ -328,6 +328,17 @@ def _record(
     }
 
 
+def _statuses(rollout: Rollout) -> Mapping[str, str]:
+    """How each reward's judgement ended: {reward: status}. The pool writes it down where one
+    failed; else every reward that has a part was ok."""
+    if "statuses" in rollout.info:
+        told: Mapping[str, str] = rollout.info["statuses"]
+        return told
+    if rollout.score is None or rollout.status != "ok":
+        return {}
+    return {name: "ok" for name in rollout.score.parts if "." not in name}
+
+
 def _reply(rollout: Rollout) -> dict[str, Any]:
     score, trajectory = rollout.score, rollout.trajectory
     reply: dict[str, Any] = {
@@ -335,6 +346,7 @@ def _reply(rollout: Rollout) -> dict[str, Any]:
         "value": None if score is None else score.value,
         "parts": {} if score is None else score.parts,
         "status": rollout.status,
+        "statuses": _statuses(rollout),
         "reason": "" if score is None else score.reason,
         "stop_reason": rollout.stop_reason,
         "policy_version": None if trajectory is None else trajectory.policy_version,

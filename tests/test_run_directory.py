@@ -104,6 +104,7 @@ def test_samples_tell_prompt_answer_and_every_reply_with_its_score(tmp_path):
         "value": 0.5,
         "parts": {"date": 1.0},
         "status": "ok",
+        "statuses": {"date": "ok"},
         "reason": "wrong",
         "stop_reason": "stop",
         "policy_version": 3,

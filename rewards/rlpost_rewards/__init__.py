@@ -1,1 +1,1 @@
-"""Rewards that ship with rlpost; the core finds them through the entry-point group `rlpost.rewards`."""
+"""Rewards that ship with rlpost; the core finds them through the entry points `rlpost.rewards`."""

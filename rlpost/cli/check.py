@@ -103,14 +103,23 @@ def _describe(job: Job, prepared: Prepared) -> list[str]:
 def _try_rewards(job: Job, prepared: Prepared, *, quick: bool) -> list[str]:
     """The findings of trying each reward on real rows; a reward that cannot work is the user's
     mistake."""
+    from rlpost.scoring import sandbox
     from rlpost.scoring.trial import try_reward
 
+    rules = job.scoring
+    try:
+        sandbox.choose(job.rewards, trusted=rules.trusted, allow_untrusted=rules.allow_untrusted)
+    except UserError as error:
+        raise placed(error, job.at("scoring", "trusted")) from None
     findings = asyncio.run(
         try_reward(
             job.rewards,
             list(prepared.train[: 2 if quick else 8]),
-            deadline=job.scoring.deadline,
+            deadline=rules.deadline,
             quick=quick,
+            trusted=rules.trusted,
+            allow_untrusted=rules.allow_untrusted,
+            memory_bytes=rules.memory_mb << 20,
         )
     )
     wrong = [finding for finding in findings if finding.severity == "error"]

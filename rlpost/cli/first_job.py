@@ -6,13 +6,14 @@ import os
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlpost.cli import column_guess
 from rlpost.cli.column_guess import Roles
 from rlpost.errors import RowError
+from rlpost.preparation import WITHOUT_GOLD
 from rlpost.row_files import Row, column_names, did_you_mean, read_table
 from rlpost.rows import infer_schema, read_rows
 from rlpost.types import Task
@@ -34,6 +35,8 @@ class Draft:
     reward: str  # "extraction", or "module:function"
     fields: Mapping[str, Mapping[str, Any]]  # of the extraction reward: {name: {"type": …}}
     labels: Sequence[str]  # of the label reward
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of the reward, to be looked at
+    scoring: Mapping[str, Any] = field(default_factory=dict)  # what [scoring] says
 
     @property
     def prompt(self) -> str | None:
@@ -66,10 +69,10 @@ class Draft:
         if not objects or self.reward == "tool_call":
             return None
         schema = infer_schema(self.tasks)
-        for name, field in self.fields.items():
-            if field["type"] == "enum":
+        for name, choice in self.fields.items():
+            if choice["type"] == "enum":
                 absent = any(task.answer.get(name) is None for task in self.tasks)
-                schema["properties"][name]["enum"] = field["values"] + ([None] if absent else [])
+                schema["properties"][name]["enum"] = choice["values"] + ([None] if absent else [])
         return schema
 
 
@@ -144,6 +147,7 @@ def files(job: Draft, *, model: str) -> dict[str, str]:
         _model_table(job, model),
         _data_table(job, written),
         _reward_table(job),
+        ["[scoring]", *_assignments(job.scoring)] if job.scoring else [],
         _rollout_table(job),
         ["[eval]", "every = 10", *(['metric = "exact_f1"'] if job.fields else [])],
     ]
@@ -209,7 +213,7 @@ def _data_table(job: Draft, written: Mapping[str, str]) -> list[str]:
 
 
 def _reward_table(job: Draft) -> list[str]:
-    lines = ["[[reward]]", f"use = {_toml(job.reward)}"]
+    lines = ["[[reward]]", f"use = {_toml(job.reward)}", *_assignments(job.arguments)]
     if job.labels:
         listed = textwrap.wrap(
             _toml(job.labels), 98, break_on_hyphens=False, break_long_words=False
@@ -227,6 +231,10 @@ def _reward_table(job: Draft) -> list[str]:
     return lines
 
 
+def _assignments(values: Mapping[str, Any]) -> list[str]:
+    return [f"{_toml_key(name)} = {_toml(value)}" for name, value in values.items()]
+
+
 def _rollout_table(job: Draft) -> list[str]:
     trained = int(len(job.tasks) * TRAIN_SHARE)
     if trained >= TASKS_PER_UPDATE:
@@ -235,11 +243,13 @@ def _rollout_table(job: Draft) -> list[str]:
 
 
 def _max_length(tasks: Sequence[Task]) -> int:
-    """Tokens of the longest prompt and twice the longest gold, by the characters, to the next
-    256."""
+    """Tokens of the longest prompt and twice the longest gold (512 without), by the characters, to
+    the next 256."""
     prompt = max(sum(len(str(m.get("content", ""))) for m in task.messages) for task in tasks)
     gold = max(len(json.dumps(task.answer, ensure_ascii=False)) for task in tasks)
     tokens = (prompt + 2 * gold) / CHARACTERS_A_TOKEN + 128  # the question and the chat template
+    if all(task.answer is None for task in tasks):
+        tokens += WITHOUT_GOLD
     return max(512, -(-int(tokens) // 256) * 256)
 
 

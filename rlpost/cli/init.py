@@ -10,13 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rlpost.cli import first_job, reward_scaffold
+from rlpost.cli import first_job, openai_job, reward_scaffold
 from rlpost.errors import JobError
 
 TEMPLATE = Path(__file__).parents[1] / "template"
 DEMO_FILES = ("job.toml", "prompt.md", "model")
 DEFAULT_MODEL = "Qwen/Qwen3.5-4B"
-BUILT_IN = ("extraction", "json_schema", "label", "math", "text", "tool_call")
+BUILT_IN = (
+    "extraction", "json_schema", "judge", "label", "math", "python", "text", "tool_call",
+)  # fmt: skip
 OTHER_MODULES = ("rlpost", "rlpost_rewards", "rlpost_envs", "pytest")
 
 
@@ -28,8 +30,14 @@ def register(verbs: Any) -> None:
         description="Writes a job to start from: the demo, or one for the rows of a file, or a"
         " reward of your own with its test. Files that are there are never overwritten.",
     )
-    init.add_argument("folder", metavar="DIR", help="where the files go")
-    init.add_argument("--from", dest="rows", metavar="FILE", help="rows: .jsonl, .csv or .parquet")
+    init.add_argument("folder", metavar="DIR", nargs="?", help="where the files go")
+    init.add_argument(
+        "--from",
+        dest="rows",
+        metavar="FILE",
+        nargs="+",
+        help="rows: .jsonl, .csv or .parquet; or: openai train.jsonl grader.json",
+    )
     init.add_argument(
         "--answer", metavar="A,B", help="the columns with the gold (default: guessed)"
     )
@@ -42,11 +50,12 @@ def register(verbs: Any) -> None:
 
 def write_first_files(args: argparse.Namespace) -> int:
     """Runs the verb; returns its exit code."""
+    rows, openai = _sources(args)
     folder = Path(args.folder)
     if folder.exists() and not folder.is_dir():
         raise JobError(f"{folder} is a file", cure="name a folder")
-    if args.rows:
-        names, notes = _from_rows(folder, args)
+    if rows:
+        names, notes = _from_openai(folder, args, *openai) if openai else _from_rows(folder, args)
         commands = [f"rlpost check {folder}/job.toml", f"rlpost run {folder}/job.toml"]
     elif args.answer:
         raise JobError("--answer names columns, but of no file", cure="add --from FILE")
@@ -61,6 +70,28 @@ def write_first_files(args: argparse.Namespace) -> int:
         print(f"note: {note}")
     print("next: " + " && ".join(commands))
     return 0
+
+
+def _sources(args: argparse.Namespace) -> tuple[Path | None, tuple[Path, Path] | None]:
+    """(file of rows, files of OpenAI's form). `--from FILE DIR` leaves the folder behind the
+    file."""
+    given = list(args.rows or ())
+    wanted = 3 if given[:1] == ["openai"] else 1
+    if args.folder is None and len(given) == wanted + 1:
+        args.folder = given.pop()
+    if args.folder is None:
+        raise JobError("init needs a folder", cure="rlpost init DIR")
+    if not given:
+        return None, None
+    if len(given) != wanted:
+        shown = "openai train.jsonl grader.json" if wanted == 3 else "rows.csv"
+        raise JobError(
+            f"--from {' '.join(given)} is not understood", cure=f"rlpost init DIR --from {shown}"
+        )
+    if wanted == 1:
+        args.rows = given[0]
+        return Path(given[0]), None
+    return Path(given[1]), (Path(given[1]), Path(given[2]))
 
 
 def copy_demo(folder: Path) -> Sequence[str]:
@@ -97,6 +128,21 @@ def _from_rows(folder: Path, args: argparse.Namespace) -> tuple[list[str], list[
     files = first_job.files(job, model=args.model) | files
     _write(folder, files)
     return list(files), notes
+
+
+def _from_openai(
+    folder: Path, args: argparse.Namespace, rows: Path, grader: Path
+) -> tuple[list[str], list[str]]:
+    for option in ("answer", "reward"):
+        if getattr(args, option):
+            raise JobError(
+                f"--{option} has no place beside --from openai",
+                cure="the grader says what is right; leave it out",
+            )
+    job = openai_job.read(folder, rows, grader)
+    files = openai_job.files(job, model=args.model)
+    _write(folder, files)
+    return list(files), [*first_job.notes(job.draft, guessed=False), *job.notes]
 
 
 def _reward(folder: Path, name: str) -> tuple[list[str], list[str]]:

@@ -46,7 +46,8 @@ def check_arguments(spec: RewardSpec, function: Callable[..., Any]) -> None:
                 cure = f"did you mean {near[0]!r}?" if near else f"it takes {_listed(known)}"
                 raise PluginError(f"the reward {spec.use!r} has no argument {name!r}", cure=cure)
     for parameter in named:
-        if parameter.default is parameter.empty and parameter.name not in spec.arguments:
+        given = parameter.name in spec.arguments or parameter.name == "base_dir"  # which we give
+        if parameter.default is parameter.empty and not given:
             raise PluginError(
                 f"the reward {spec.use!r} needs the argument {parameter.name!r}",
                 cure=f"write {parameter.name} = … in its [[reward]] table",

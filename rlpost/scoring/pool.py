@@ -54,7 +54,7 @@ class ScoringPool:
         processes: int = 1,
         deadline: float = 10.0,
         memory_bytes: int = 4 << 30,
-        trusted: bool = True,
+        trusted: bool | None = None,
         allow_untrusted: bool = False,
         on_timeout: Literal["score", "stop"] = "score",
         waiting: int = 256,
@@ -62,7 +62,7 @@ class ScoringPool:
         start_timeout: float = 120.0,
     ):
         self.specs = tuple(specs)
-        self.level = sandbox.choose(trusted=trusted, allow_untrusted=allow_untrusted)
+        self.level = sandbox.choose(specs, trusted=trusted, allow_untrusted=allow_untrusted)
         self.failures: deque[Failure] = deque(maxlen=FAILURES_KEPT)
         self._processes, self._deadline, self._on_timeout = processes, deadline, on_timeout
         self._limits = limits or sandbox.Limits(memory_bytes=memory_bytes)
@@ -223,10 +223,16 @@ class ScoringPool:
             trajectory=rollout.trajectory,
             messages=rollout.messages,
             stop_reason=rollout.stop_reason,
-            info=rollout.info,
+            info=rollout.info if status == "ok" else self._with_statuses(rollout, verdicts),
             score=score,
             status=status,
         )
+
+    def _with_statuses(self, rollout: Rollout, verdicts: Sequence[Verdict]) -> dict[str, Any]:
+        """What the environment knows, and how each reward's judgement ended: {name: status}."""
+        names = [spec.name for spec in self.specs]
+        statuses = {name: v.status for name, v in zip(names, verdicts, strict=True)}
+        return {**rollout.info, "statuses": statuses}
 
     def _outcome(self, verdicts: Sequence[Verdict]) -> tuple[Score | None, str]:
         scores = [verdict.score for verdict in verdicts if verdict.score is not None]

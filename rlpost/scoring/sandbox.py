@@ -9,6 +9,7 @@ own source, a user id that is not root (only so does the process limit bind), an
 import functools
 import itertools
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -51,22 +52,48 @@ class Level:
         return f"rewards run as ordinary processes with resource limits ({self.reason})"
 
 
-def choose(*, trusted: bool, allow_untrusted: bool = False) -> Level:
-    """The level for a pool. Trusted code runs under "limits"; untrusted code in the sandbox, and
-    where there is none it is refused with PluginError unless the job allows it."""
+def choose(
+    specs: Sequence[RewardSpec], *, trusted: bool | None, allow_untrusted: bool = False
+) -> Level:
+    """The level for a pool of these rewards.
+
+    `trusted` True: "limits". False: the sandbox, and where there is none PluginError, unless
+    `allow_untrusted`. None: code that came as text (a `python` snippet, a grader file) is shut in
+    where that is possible and nothing else of the job would miss the network or its files.
+    """
     if sys.platform != "linux":
         raise PluginError(f"scoring processes need Linux, not {sys.platform}")
-    if trusted:
+    snippets = [spec.name for spec in specs if _is_snippet(spec)]
+    if trusted or (trusted is None and not snippets):
         return Level(name="limits", reason="the job trusts them")
+    if trusted is None and (open_ones := [spec.name for spec in specs if _needs_more(spec)]):
+        return Level(name="limits", reason=f"{open_ones[0]} may need what a sandbox lacks")
     missing = missing_sandbox()
     if not missing:
         return Level(name="sandbox", reason="the code is not trusted")
+    if trusted is None:
+        return Level(name="limits", reason=f"{snippets[0]} cannot be shut in: {missing}")
     if allow_untrusted:
         return Level(name="limits", reason=f"{missing}; allowed by the job")
     raise PluginError(
         f"this reward's code is not trusted and cannot be shut in: {missing}",
-        cure="install bubblewrap, or write allow_untrusted = true in the job",
+        cure="install bubblewrap, or write allow_untrusted = true under [scoring]",
     )
+
+
+def _is_snippet(spec: RewardSpec) -> bool:
+    if not spec.use.endswith(".json"):
+        return spec.use == "python"
+    try:
+        grader = Path(spec.base_dir, spec.use).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False  # who loads it says what is wrong with it
+    return re.search(r'"type"\s*:\s*"python"', grader) is not None
+
+
+def _needs_more(spec: RewardSpec) -> bool:
+    """Whether a reward may ask a model or read files that its arguments do not name."""
+    return spec.use == "judge" or ":" in spec.use or "endpoint" in spec.arguments
 
 
 def new_uid() -> int:
@@ -110,6 +137,9 @@ def wrapping(specs: Sequence[RewardSpec]) -> list[str]:
             command += ["--ro-bind", str(path), str(path)]
     command += ["--proc", "/proc", "--dev", "/dev"]
     command += ["--size", str(64 << 20), "--perms", "1777", "--tmpfs", "/tmp"]
+    for folder in sorted({Path(spec.base_dir).resolve() for spec in specs}):
+        for path in [*reversed(list(folder.parents)[:-1]), folder]:
+            command += ["--dir", str(path)]  # "../labels.txt" leads through it
     for path in _visible(specs):
         for parent in reversed(list(path.parents)[:-1]):
             command += ["--dir", str(parent)]  # made by hand: bwrap's own are closed to others
@@ -164,8 +194,8 @@ def _limit(which: int, wanted: int) -> None:
 
 
 def _visible(specs: Sequence[RewardSpec]) -> list[Path]:
-    """What a sandboxed process may read: Python, what is installed, this package, and the Python
-    files (not the data) beside the job."""
+    """What a sandboxed process may read: Python, what is installed, this package, the Python files
+    (not the data) beside the job, and the files that arguments name."""
     paths = {Path("/usr"), Path(sys.base_prefix).resolve(), Path(sys.prefix).resolve()}
     paths |= {Path(sysconfig.get_path("purelib")), Path(sys.executable).resolve().parent.parent}
     paths |= {Path(sys.executable).parent.parent}
@@ -177,8 +207,24 @@ def _visible(specs: Sequence[RewardSpec]) -> list[Path]:
         paths |= set(folder.glob("*.py"))
         paths |= {init.parent for init in folder.glob("*/__init__.py")}
         paths |= {folder / spec.use for spec in specs if spec.use.endswith(".json")}
+    paths |= {file for spec in specs for file in _named_files(spec)}
     inside = sorted(path for path in paths if path.exists())
     return [p for p in inside if not any(q != p and q in p.parents for q in inside)]
+
+
+def _named_files(spec: RewardSpec) -> list[Path]:
+    """The files that are arguments of a reward, such as `remotes` or `labels`. A folder is none: a
+    plain word may be the name of one by chance, and a folder may hold anything."""
+    found = []
+    for value in spec.arguments.values():
+        if isinstance(value, str) and 0 < len(value) < 4096 and value.isprintable():
+            path = Path(os.path.normpath(Path(spec.base_dir).resolve() / value))
+            try:
+                if path.is_file():
+                    found.append(path)
+            except OSError:
+                continue  # a text too long to be a name
+    return found
 
 
 def _our_packages() -> list[Path]:

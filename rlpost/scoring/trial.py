@@ -52,8 +52,9 @@ async def try_reward(
     *,
     deadline: float = 10.0,
     quick: bool = False,
-    trusted: bool = True,
+    trusted: bool | None = None,
     allow_untrusted: bool = False,
+    memory_bytes: int = 4 << 30,
 ) -> list[Finding]:
     """The findings on each reward, errors first. `quick` tries every reply once instead of twice.
 
@@ -64,7 +65,11 @@ async def try_reward(
     trials = [_Trial(spec) for spec in specs]
     tried = 0
     async with ScoringPool(
-        specs, deadline=deadline, trusted=trusted, allow_untrusted=allow_untrusted
+        specs,
+        deadline=deadline,
+        memory_bytes=memory_bytes,
+        trusted=trusted,
+        allow_untrusted=allow_untrusted,
     ) as pool:
         end = time.monotonic() + (QUICK_BUDGET if quick else BUDGET)
         for task in tasks:

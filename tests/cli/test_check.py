@@ -279,3 +279,20 @@ def test_every_mistake_is_told_at_once(job, capsys):
     assert len(lines) == 4
     for part in ("modle", "judeg", "rows.jsonl, line 2", "rows.jsonl, line 4"):
         assert sum(part in line for line in lines) == 1
+
+
+# ── isolation ──────────────────────────────────────────────────────────────────────────────────
+
+
+def test_untrusted_code_without_a_sandbox_is_refused_and_the_cure_works(job, capsys, monkeypatch):
+    from rlpost.scoring import sandbox
+
+    monkeypatch.setattr(sandbox, "missing_sandbox", lambda: "bubblewrap is not installed")
+    untrusted = "[scoring]\ntrusted = false\n[rollout]"
+    change(job, "[rollout]", untrusted)
+    (line,) = refused(capsys, job)
+    assert "(job.toml, line 12)" in line
+    assert line.endswith("install bubblewrap, or write allow_untrusted = true under [scoring]")
+    change(job, "trusted = false", "trusted = false\nallow_untrusted = true")
+    assert main(["check", str(job)]) == 0
+    assert "allowed by the job" in capsys.readouterr().out

@@ -126,6 +126,84 @@ def test_untrusted_code_is_refused_where_there_is_no_sandbox(folder, monkeypatch
     )
 
 
+@needs_bwrap
+async def test_a_file_that_an_argument_names_can_be_read_and_no_file_beside_it(tmp_path):
+    job = tmp_path / "job"
+    job.mkdir()
+    (job / "reading.py").write_text(
+        "from pathlib import Path\n"
+        "def read(task, rollout, *, lexicon, base_dir):\n"
+        "    return float('tea' in Path(base_dir, rollout.reply or lexicon).read_text())\n"
+    )
+    for name in ("words.txt", "rows.txt"):
+        (tmp_path / name).write_text("tea\n")
+    spec = RewardSpec(
+        use="reading:read",
+        name="read",
+        arguments={"lexicon": "../words.txt"},
+        base_dir=str(job),
+    )
+    async with ScoringPool([spec], trusted=False) as pool:
+        found = await verdicts_of(pool, Task(id="1", messages=[]), "", "../rows.txt")
+    assert found[""].score.value == 1.0
+    assert "No such file" in found["../rows.txt"].detail
+
+
+@needs_bwrap
+async def test_remotes_and_labels_files_are_there_in_the_sandbox(tmp_path):
+    (tmp_path / "remotes.json").write_text('{"http://x/int": {"type": "integer"}}')
+    (tmp_path / "labels.txt").write_text("tea\ncoffee\n")
+    base = str(tmp_path)
+    remotes = RewardSpec(
+        use="json_schema", name="s", arguments={"remotes": "remotes.json"}, base_dir=base
+    )
+    labels = RewardSpec(use="label", name="l", arguments={"labels": "labels.txt"}, base_dir=base)
+    task = Task(id="1", messages=[], answer="tea", schema={"$ref": "http://x/int"})
+    async with ScoringPool([remotes, labels], trusted=False) as pool:
+        [first], [second] = [
+            [[v.score and v.score.value for v in row] for row in await pool.judge([r])]
+            for r in (recorded(task, "1"), recorded(task, "coffee"))
+        ]
+    assert first == [1.0, 0.0]
+    assert second == [0.0, 0.0]
+
+
+SNIPPET = RewardSpec(
+    use="python",
+    name="snippet",
+    arguments={"source": "import os\ndef score(task, rollout): return float(os.getuid() != 0)"},
+)
+
+
+@needs_bwrap
+async def test_a_snippet_of_the_job_is_shut_in_unless_the_job_trusts_it():
+    task = Task(id="1", messages=[])
+    async with ScoringPool([SNIPPET]) as pool:
+        assert pool.level.name == "sandbox"
+        assert (await verdicts_of(pool, task, "x"))["x"].score.value == 1.0
+    assert ScoringPool([SNIPPET], trusted=True).level.name == "limits"
+
+
+def test_a_snippet_beside_a_reward_that_needs_the_network_is_not_shut_in_and_says_so():
+    judge = RewardSpec(use="judge", name="opinion")
+    level = ScoringPool([SNIPPET, judge]).level
+    assert level.name == "limits"
+    assert "opinion may need what a sandbox lacks" in str(level)
+
+
+def test_only_graders_with_source_of_their_own_are_shut_in(tmp_path):
+    (tmp_path / "check.json").write_text('{"type": "string_check"}')
+    (tmp_path / "code.json").write_text('{"type" : "python"}')
+    check, code = (
+        RewardSpec(use=f"{name}.json", name=name, base_dir=str(tmp_path))
+        for name in ("check", "code")
+    )
+    assert str(sandbox.choose([check], trusted=None)) == (
+        "rewards run as ordinary processes with resource limits (the job trusts them)"
+    )
+    assert "the job trusts them" not in str(sandbox.choose([check, code], trusted=None))
+
+
 def test_the_environment_of_the_sandbox_is_empty_but_for_a_few_names(monkeypatch):
     monkeypatch.setenv("RLPOST_TEST_SECRET", "x")
     assert "RLPOST_TEST_SECRET" in sandbox.environment(shut_in=False)
