@@ -2,6 +2,7 @@
 
     python benchmarks/rewards.py [--rounds 7] [--rollouts 4000] [--json]
 
+prints a Markdown table with each figure beside its target, and exits with 1 where one is missed.
 Everything is measured side by side: each round runs every contestant once, the ratio is taken
 within the round, and the median over rounds is printed, so that a busy machine slows both sides
 alike. Contestants without the pool are plain calls in this process, with nothing around them.
@@ -15,7 +16,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ GROUP = 8
 IN_FLIGHT = 16  # groups that a rollout worker has at its pool at once
 ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("RLPOST_DATA", ROOT.parent / "shared" / "data"))
+TARGETS = {  # figure -> (whether more is better, the least or most that will do)
+    "jsonschema.validate / schema through the pool": (True, 15.0),
+    "prebuilt validator / schema through the pool": (True, 1.0),
+    "pool overhead": (False, 30.0),
+    "math-verify alone / math reward": (True, 20.0),
+}
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -132,13 +139,13 @@ async def schema_and_overhead(rounds: int, count: int, processes: int) -> dict[s
         }
         times = await measure(contestants, rounds)
     return {
-        "schema through the pool, us per rollout": median(times["pool"]) * 1e6,
-        "prebuilt Python validator in-process, us": median(times["prebuilt"]) * 1e6,
-        "jsonschema.validate in-process, us": median(times["validate"]) * 1e6,
-        "pool overhead, us per rollout": median(times["empty"]) * 1e6,
-        "of it CPU of the parent, us": median(cpu[1:]) * 1e6,
-        "jsonschema.validate / pool": ratio(times["validate"], times["pool"]),
-        "prebuilt / pool": ratio(times["prebuilt"], times["pool"]),
+        "schema through the pool": median(times["pool"]) * 1e6,
+        "prebuilt Python validator, in-process": median(times["prebuilt"]) * 1e6,
+        "jsonschema.validate, in-process": median(times["validate"]) * 1e6,
+        "pool overhead": median(times["empty"]) * 1e6,
+        "of it CPU of the parent": median(cpu[1:]) * 1e6,
+        "jsonschema.validate / schema through the pool": ratio(times["validate"], times["pool"]),
+        "prebuilt validator / schema through the pool": ratio(times["prebuilt"], times["pool"]),
     }
 
 
@@ -169,9 +176,9 @@ async def math_speed(rounds: int, count: int) -> dict[str, float]:
     }
     times = await measure(contestants, rounds)
     return {
-        "math reward, us": median(times["ours"]) * 1e6,
-        "math-verify alone, us": median(times["math-verify"]) * 1e6,
-        "math-verify / math reward": ratio(times["math-verify"], times["ours"]),
+        "math reward, in-process": median(times["ours"]) * 1e6,
+        "math-verify alone, in-process": median(times["math-verify"]) * 1e6,
+        "math-verify alone / math reward": ratio(times["math-verify"], times["ours"]),
     }
 
 
@@ -201,21 +208,49 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
-def main() -> None:
+def table(figures: Mapping[str, float]) -> str:
+    """A Markdown table; times are in microseconds per rollout, ratios have a slash in their
+    name."""
+    lines = ["| figure | value | target |", "|---|---|---|"]
+    for name, value in figures.items():
+        target = ""
+        if name in TARGETS:
+            more, limit = TARGETS[name]
+            target = f"{'≥' if more else '<'} {_shown(name, limit)}"
+            target += "" if reached(name, value) else " **missed**"
+        lines.append(f"| {name} | {_shown(name, value)} | {target} |")
+    return "\n".join(lines)
+
+
+def _shown(name: str, value: float) -> str:
+    return f"{value:.1f}×" if "/" in name else f"{value:.1f} µs"
+
+
+def reached(name: str, value: float) -> bool:
+    more, limit = TARGETS[name]
+    return value >= limit if more else value < limit
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--rollouts", type=int, default=4000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    load = os.getloadavg()[0]
     figures = asyncio.run(schema_and_overhead(args.rounds, args.rollouts, args.processes))
     figures |= asyncio.run(math_speed(args.rounds, min(1000, args.rollouts)))
     if args.json:
         print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
-        return
-    for name, value in figures.items():
-        print(f"{name:45}{value:10.2f}")
+    else:
+        print(table(figures))
+        print(f"\n{os.cpu_count()} CPUs, load {load:.2f} before, {args.rounds} rounds of")
+        print(
+            f"{args.rollouts} rollouts in groups of {GROUP}, {args.processes} scoring process(es)"
+        )
+    return 0 if all(reached(name, figures[name]) for name in TARGETS if name in figures) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,6 +31,7 @@ async def update(
         min_spread=rules.min_spread,
         parts=rules.parts,
         weights={spec.name: spec.weight for spec in job.rewards if not spec.gate},
+        gates=[spec.name for spec in job.rewards if spec.gate],
     )
     batches = pack(
         groups,

@@ -74,6 +74,7 @@ def advantages(
     min_spread: float = 0.02,
     parts: Literal["sum", "decoupled"] = "sum",
     weights: Mapping[str, float] | None = None,
+    gates: Sequence[str] = (),
 ) -> list[list[float | None]]:
     """One advantage a rollout, in the order of `groups` and their rollouts.
 
@@ -82,11 +83,13 @@ def advantages(
     `parts="decoupled"` normalises each of `Score.parts` named in `weights` (default: every reward
     of the job, weight 1) within its group by that group's deviation, adds them with their weights,
     and with `scale="batch"` normalises the sums over the useful groups once more, as GDPO does.
+    There, too, nothing counts unless every part named in `gates` is 1: the others are 0 before they
+    are normalised.
     """
     loo = baseline == "leave_one_out"
     useful = [usefulness(group, min_spread=min_spread) == "useful" for group in groups]
     if parts == "decoupled":
-        raw = _decoupled(groups, useful, loo=loo, scale=scale, weights=weights)
+        raw = _decoupled(groups, useful, loo=loo, scale=scale, weights=weights, gates=gates)
     else:
         rewards = [_rewards(group) for group in groups]
         scored = torch.cat([r[~r.isnan()] for r in rewards]) if rewards else torch.zeros(0)
@@ -113,6 +116,7 @@ def _decoupled(
     loo: bool,
     scale: Scale,
     weights: Mapping[str, float] | None,
+    gates: Sequence[str],
 ) -> list[torch.Tensor]:
     names = dict(weights) if weights else _rewards_of_job(groups)
     part_scale: Scale = "none" if scale == "none" else "group"
@@ -120,7 +124,7 @@ def _decoupled(
     for group in groups:
         total_G = torch.zeros(len(group.rollouts), dtype=torch.float64)
         for name, weight in names.items():
-            values = [_part(rollout, name) for rollout in group.rollouts]
+            values = [_gated(rollout, name, gates) for rollout in group.rollouts]
             total_G = total_G + weight * group_relative(
                 torch.tensor(values, dtype=torch.float64),
                 divide_by_std=part_scale,
@@ -140,6 +144,11 @@ def _rewards_of_job(groups: Sequence[Group]) -> dict[str, float]:
     """The parts that are whole rewards: a reward's own parts carry a dot after its name."""
     scores = [r.score for g in groups for r in g.rollouts if r.score is not None]
     return {name: 1.0 for score in scores for name in score.parts if "." not in name}
+
+
+def _gated(rollout: Rollout, name: str, gates: Sequence[str]) -> float:
+    shut = any(_part(rollout, gate) < 1.0 for gate in gates if gate != name)
+    return 0.0 if shut else _part(rollout, name)
 
 
 def _part(rollout: Rollout, name: str) -> float:

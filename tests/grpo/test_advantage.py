@@ -97,6 +97,15 @@ def test_decoupled_parts_follow_the_published_formula():
     assert [v for row in found for v in row] == pytest.approx(flat.tolist())
 
 
+def test_a_shut_gate_counts_in_decoupled_parts_too():
+    parts = [{"a": 1.0, "open": 0.0}, {"a": 0.5, "open": 1.0}, {"a": 0.0, "open": 1.0}]
+    g = group(0.0, 0.5, 0.0, parts=parts)
+    (gated,) = advantages([g], parts="decoupled", weights={"a": 1.0}, gates=["open"])
+    (plain,) = advantages([g], parts="decoupled", weights={"a": 1.0})
+    assert gated[1] > 0 > gated[0] == gated[2]
+    assert plain[0] > plain[1]
+
+
 def test_a_weight_for_a_part_that_no_reward_gives_is_named():
     with pytest.raises(ValueError, match="no part 'c'"):
         advantages([group(0.0, 1.0)], parts="decoupled", weights={"c": 1.0})
