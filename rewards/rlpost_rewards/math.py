@@ -28,7 +28,9 @@ _LONG_TOWER = re.compile(rf"(?:{_POWER}[0-9]+\s*){{4,}}")
 _MIXED = re.compile(r"(-?)([0-9]{1,9}) +([0-9]{1,9})/([0-9]{1,9})")
 _ARITHMETIC = re.compile(r"-?[0-9][0-9.\s+*/^()-]*%?|-?[0-9]+,[0-9]+|\([0-9.\s+*/^()-]+\)")
 _CLOSING = re.compile(r"(?i:final answer is)[:\s]*([^\n]{1,200}?)\.?\s*I hope it is correct")
-_LARGE = re.compile(rf"{_POWER}[0-9]{{6,}}|(?:{_POWER}[0-9]+|[0-9]{{5,}})[\s)}}]*!|!\s*!")
+_LARGE = re.compile(
+    rf"{_POWER}[0-9]{{6,}}|(?:{_POWER}[0-9]+|[0-9]{{5,}})[\s)}}]*!|[0-9)}}][\s)}}]*![\s)}}]*!"
+)
 
 
 def math(task: Task, rollout: Rollout, *, precision: int | None = None) -> Score:

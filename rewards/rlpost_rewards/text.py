@@ -14,6 +14,7 @@ from rapidfuzz.distance import JaroWinkler, Levenshtein
 
 from rlpost.errors import JobError, RowError
 from rlpost.types import Rollout, Score, Task
+from rlpost_rewards.language import LANGUAGES, language_share
 from rlpost_rewards.strict_json import StrictJSONError, strip_thinking
 
 MAX_CHARACTERS = 20_000  # compared or measured of one reply: similarity is quadratic
@@ -24,21 +25,6 @@ METRICS: dict[str, Callable[[str, str], float]] = {
     "token_sort": lambda a, b: fuzz.token_sort_ratio(a, b) / 100,
     "levenshtein": Levenshtein.normalized_similarity,
     "jaro_winkler": JaroWinkler.normalized_similarity,
-}
-SCRIPTS = {
-    "latin": ("LATIN",),
-    "cyrillic": ("CYRILLIC",),
-    "greek": ("GREEK",),
-    "hebrew": ("HEBREW",),
-    "arabic": ("ARABIC",),
-    "devanagari": ("DEVANAGARI",),
-    "thai": ("THAI",),
-    "ko": ("HANGUL",),
-    "ja": ("HIRAGANA", "KATAKANA", "CJK"),
-    "zh": ("CJK",),
-    "el": ("GREEK",),
-    "he": ("HEBREW",),
-    "th": ("THAI",),
 }
 
 
@@ -63,10 +49,10 @@ def text(
     `metric` to it, 0 below `threshold`. Both compare without case and with white space folded,
     unless `fold` is false. pattern: `pattern` (ECMA 262, no look-around or back-reference) matches
     the whole reply, in linear time. length: 1 from `least` to `most` words or characters (`unit`),
-    falling in proportion outside. language: the share of letters in the script of `language`;
-    languages that share a script cannot be told apart, so "latin" and "cyrillic" are names and "en"
-    is refused. repetition: the share of different runs of 4 words (characters in scripts without
-    spaces).
+    falling in proportion outside. language: the share of letters in the script of `language`, and
+    for en, de, fr, es, it, pt and nl that times the share of its function words that are that
+    language's (0.5 where none tells). repetition: the share of different runs of 4 words
+    (characters in scripts without spaces).
 
     The part is named after the check. Reason: ok, below, too_long, empty or open_thinking. Raises
     JobError for bad arguments, RowError for a row without answer where one is needed.
@@ -87,7 +73,7 @@ def text(
     elif check == "length":
         value = length(reply, least=least, most=most, unit=unit)
     elif check == "language":
-        value = script_share(reply[:MAX_CHARACTERS], language)
+        value = spoken(reply[:MAX_CHARACTERS], language)
     elif check == "repetition":
         value = distinct_share(reply[:MAX_CHARACTERS])
     else:
@@ -139,17 +125,14 @@ def length(reply: str, *, least: int = 0, most: int | None = None, unit: str = "
     return 1.0
 
 
-def script_share(reply: str, language: str | None) -> float:
-    """The share of the reply's letters in the script of `language`; 0 without any letter."""
-    if language not in SCRIPTS:
+def spoken(reply: str, language: str | None) -> float:
+    """How much of the reply is in `language`, in [0, 1]; 0 without any letter."""
+    if language not in LANGUAGES:
         raise JobError(
-            f"text: language = {language!r} cannot be told by its script",
-            cure=f"one of {', '.join(SCRIPTS)}",
+            f"text: language = {language!r} cannot be told",
+            cure=f"one of {', '.join(LANGUAGES)}",
         )
-    reply = unicodedata.normalize("NFKC", reply)  # full-width letters are letters
-    letters = [character for character in reply if character.isalpha()]
-    inside = sum(_script(character) in SCRIPTS[language] for character in letters)
-    return inside / len(letters) if letters else 0.0
+    return language_share(reply, language)
 
 
 def distinct_share(reply: str) -> float:
@@ -198,8 +181,3 @@ def _pattern(pattern: str) -> jsonschema_rs.Validator:
             f"text: pattern {pattern!r} is not a regular expression of linear time",
             cure="leave out look-around and back-references",
         ) from None
-
-
-@lru_cache(maxsize=4_096)
-def _script(character: str) -> str:
-    return unicodedata.name(character, "").split(" ")[0].split("-")[0]

@@ -225,6 +225,7 @@ class Summary:
     statuses: Counter[str] = field(default_factory=Counter)
     total: float = 0.0
     first_failure: str = ""
+    isolation: str = ""  # the level in force
     started: float = field(default_factory=time.monotonic)
 
     def add(self, line: Mapping[str, Any]) -> None:
@@ -240,6 +241,7 @@ class Summary:
             "rows": self.statuses.total(),
             "statuses": dict(self.statuses),
             "mean": self.total / ok if ok else None,
+            "isolation": self.isolation,
             "seconds": round(time.monotonic() - self.started, 3),
         }
 
@@ -248,6 +250,7 @@ class Summary:
         counts = ", ".join(f"{count} {status}" for status, count in self.statuses.most_common())
         mean = "no mean" if told["mean"] is None else f"mean {told['mean']:.4f}"
         text = f"{told['rows']} rows ({counts or 'none'}), {mean}, {told['seconds']:.1f} s"
+        text += f"; {self.isolation}" if self.isolation else ""
         return f"{text}; first failure {self.first_failure}" if self.first_failure else text
 
 
@@ -270,6 +273,7 @@ async def _score(
         out.write(json.dumps(line) + "\n")
 
     async with ScoringPool([spec], processes=processes, deadline=deadline) as pool:
+        summary.isolation = str(pool.level)
         for row in rows:
             judging = asyncio.create_task(pool.judge([row.rollout])) if row.rollout else None
             waiting.append((row, judging))

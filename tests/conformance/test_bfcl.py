@@ -248,7 +248,7 @@ def value_of(task: Task, reply: str, **arguments) -> float:
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_right_predictions_get_the_official_verdict(category):
+def test_right_predictions_get_the_official_verdict(category, record_property):
     formats = (hermes, llama, openai_json)
     valid = seen = 0
     for row in rows(category):
@@ -260,12 +260,13 @@ def test_right_predictions_get_the_official_verdict(category):
             assert value == 1.0 or value <= 0.5, (row["id"], what, value)
             valid += verdict
             seen += 1
+    record_property("figure", ("BFCL right predictions", "the official verdict", seen, seen))
     assert seen > 250
     assert valid / seen > 0.99  # a few golds break their own tool's types
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
-def test_wrong_predictions_get_the_official_verdict(category):
+def test_wrong_predictions_get_the_official_verdict(category, record_property):
     formats = (hermes, llama, openai_json)
     valid = seen = 0
     for row in rows(category):
@@ -277,6 +278,7 @@ def test_wrong_predictions_get_the_official_verdict(category):
             assert value == 1.0 or value <= 0.5, (row["id"], what, value)
             valid += verdict
             seen += 1
+    record_property("figure", ("BFCL wrong predictions", "the official verdict", seen, seen))
     assert seen > 1000
     assert valid / seen < 0.03  # 2.0 in a list of floats, "" where "" is accepted
 

@@ -144,7 +144,7 @@ def is_alive(pid):
 
 
 @pytest.mark.parametrize("deed", sorted(STATUS_OF))
-async def test_a_hostile_call_costs_its_own_rollout_under_its_status(spec, deed):
+async def test_a_hostile_call_costs_its_own_rollout_under_its_status(spec, deed, record_property):
     texts = ["good", deed, "good", "good"]
     async with ScoringPool([spec], deadline=1.0, limits=LIMITS) as pool:
         start = time.monotonic()
@@ -153,6 +153,7 @@ async def test_a_hostile_call_costs_its_own_rollout_under_its_status(spec, deed)
         processes = pool._lanes[0][0].slots[0].process.usage()[1]
     statuses = [row[0].status for row in judged]
     assert statuses == ["ok", STATUS_OF[deed], "ok", "ok"], judged[1][0].detail
+    record_property("figure", ("hostile rewards", "each its own rollout, under its status", 1, 1))
     assert took < 30
     assert processes <= 2  # the keeper and a scorer: what a call started is gone
 

@@ -156,3 +156,10 @@ def test_a_number_equals_itself_and_not_its_neighbours(number, form):
 def test_any_text_gets_a_score(text):
     score = scored("123456.5", text)
     assert score.value in (0.0, 1.0) and score.reason.isidentifier()
+
+
+def test_joy_is_no_factorial_and_a_factorial_of_one_costs_nothing():
+    assert scored("$\\frac{x}{2}$", "We are done!! It is $\\frac{x}{2}$.").value == 1.0
+    start = time.perf_counter()
+    assert scored("12", "\\boxed{((((99!)!)!)!)!}").value == 0.0
+    assert time.perf_counter() - start < 2.0

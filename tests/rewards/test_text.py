@@ -3,7 +3,8 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rlpost_rewards.text import METRICS, SCRIPTS, text
+from rlpost_rewards.language import LANGUAGES
+from rlpost_rewards.text import METRICS, text
 
 from rlpost.errors import JobError, RowError
 from rlpost.reward import recorded
@@ -82,9 +83,35 @@ def test_language_is_told_by_script(reply, language, expected):
     assert value(reply, check="language", language=language) == pytest.approx(expected)
 
 
-def test_a_language_that_shares_its_script_is_refused():
-    with pytest.raises(JobError, match="'en' cannot be told by its script"):
-        value("hello", check="language", language="en")
+SENTENCES = {
+    "en": "The goods were sent to our warehouse and the invoice is attached to this letter.",
+    "de": "Die Ware wurde an unser Lager geschickt und die Rechnung ist dem Brief beigefügt.",
+    "fr": "La marchandise est partie pour notre entrepôt et la facture est dans cette lettre.",
+    "es": "La mercancía fue enviada al almacén y la factura está en esta carta para usted.",
+    "it": "La merce è stata spedita al magazzino e la fattura è nella lettera con il modulo.",
+    "pt": "A mercadoria foi enviada para o armazém e a fatura está na carta com os papéis.",
+    "nl": "De goederen zijn naar het magazijn gestuurd en de factuur is bij deze brief gevoegd.",
+}
+
+
+@pytest.mark.parametrize("language", SENTENCES)
+def test_a_sentence_scores_best_in_its_own_language(language):
+    values = {
+        other: value(SENTENCES[language], check="language", language=other) for other in SENTENCES
+    }
+    assert max(values, key=values.get) == language
+    assert values[language] > 0.85
+    assert all(v < 0.8 for other, v in values.items() if other != language), values
+
+
+def test_what_no_function_word_tells_is_half_right_and_another_script_wrong():
+    assert value("Tan Woon Yann", check="language", language="en") == 0.5
+    assert value("это моя книга", check="language", language="en") == 0.0
+
+
+def test_a_language_that_is_not_known_is_refused():
+    with pytest.raises(JobError, match="'tlh' cannot be told"):
+        value("hello", check="language", language="tlh")
 
 
 def test_repetition_lowers_the_share_of_different_runs():
@@ -126,7 +153,7 @@ checks = st.sampled_from(
         *({"check": "similarity", "metric": metric} for metric in METRICS),
         {"check": "pattern", "pattern": "a+"},
         {"check": "length", "least": 2, "most": 3},
-        *({"check": "language", "language": language} for language in SCRIPTS),
+        *({"check": "language", "language": language} for language in LANGUAGES),
         {"check": "repetition"},
     ]
 )
