@@ -1,9 +1,13 @@
 """`rlpost run`: one job, here, to its end. The controller runs under Ray; this only watches."""
 
 import argparse
+import contextlib
 import json
+import signal
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +35,46 @@ def register(verbs: Any) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """Checks the job, starts it, shows its progress, prints the outcome."""
-    job, source, folder = _open(args)
-    notes = check_job(job, quick=True)
-    say = _Voice(quiet=args.json)
-    for note in notes:
-        say.line(note)
-    from rlpost.cluster import actors  # Ray is imported only when something runs
+    with _interruptible() as listen:
+        job, source, folder = _open(args)
+        notes = check_job(job, quick=True)
+        say = _Voice(quiet=args.json)
+        for note in notes:
+            say.line(note)
+        from rlpost.cluster import actors  # Ray is imported only when something runs
 
-    actors.connect()
+        try:
+            actors.connect()
+            listen()
+            actors.check_resources(job)
+            _write_job(folder, source)
+            say.line(f"run directory: {_short(folder)}")
+            outcome = _watch(actors, job, source, folder, resume=bool(args.resume), say=say)
+        finally:
+            actors.ray.shutdown()
+        return _report(job, folder, outcome, say=say, as_json=args.json)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], None]]:
+    """SIGTERM and SIGINT are KeyboardInterrupt within the block, also where a shell started us in
+    the background, with SIGINT ignored. Yields what says so again: Ray's start takes SIGTERM for
+    itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None  # only the main thread may listen
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def listen() -> None:
+        for number in before:
+            signal.signal(number, signal.default_int_handler)
+
+    listen()
     try:
-        actors.check_resources(job)
-        _write_job(folder, source)
-        say.line(f"run directory: {_short(folder)}")
-        outcome = _watch(actors, job, source, folder, resume=bool(args.resume), say=say)
+        yield listen
     finally:
-        actors.ray.shutdown()
-    return _report(job, folder, outcome, say=say, as_json=args.json)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _open(args: argparse.Namespace) -> tuple[Job, tuple[str, str, tuple[str, ...]], Path]:

@@ -1,8 +1,10 @@
 """`rlpost run` without its cluster: what it refuses, writes, shows and returns."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -155,6 +157,28 @@ def test_a_second_ctrl_c_ends_at_once(job, cluster, capsys):
     fake = cluster(interrupts=2)
     assert main(["run", str(job)]) == 130
     assert fake.calls[-1] == "shutdown"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_like_ctrl_c_even_where_it_was_ignored(job, cluster, capsys, sent):
+    """As in `rlpost run job.toml &` of a script; and Ray's start changes SIGTERM's handler."""
+    stopped = {"phase": "stopped", "update": 1, "updates": 2, "evals": [], "interrupted": True}
+    fake = cluster(outcome=stopped)
+    fake.connect = lambda: signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def wait(reference, *, seconds):
+        fake.wait = lambda reference, *, seconds: True
+        os.kill(os.getpid(), sent)
+
+    fake.wait = wait
+    before = signal.signal(sent, signal.SIG_IGN)
+    try:
+        assert main(["run", str(job)]) == 130
+        assert signal.getsignal(sent) is signal.SIG_IGN  # as it was found
+    finally:
+        signal.signal(sent, before)
+    assert ("stop",) in fake.calls
+    assert "go on with: rlpost run --resume" in capsys.readouterr().err
 
 
 def test_a_failed_run_returns_one_and_its_reason_on_one_line(job, cluster, capsys):

@@ -1,5 +1,5 @@
 """The real thing, small: Ray actors, vLLM on the CPU (or the transformers engine where it is not
-installed), the learner and the demo's model. Four starts are shared by all tests."""
+installed), the learner and the demo's model. Five starts are shared by all tests."""
 
 import hashlib
 import json
@@ -46,6 +46,10 @@ class Ended:
     scraped: str = ""
 
 
+def ignore_interrupts():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def rlpost(*arguments, folder, at=None, act=None, scrape=None):
     """Runs `rlpost` to its end; once `at()` holds, `act(process)` is done to it. `scrape` is a run
     directory whose metrics are read as soon as they are served."""
@@ -54,6 +58,7 @@ def rlpost(*arguments, folder, at=None, act=None, scrape=None):
     process = subprocess.Popen(
         [sys.executable, "-m", "rlpost", *map(str, arguments)], cwd=folder, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=ignore_interrupts,  # as a shell does to what it starts in the background
     )  # fmt: skip
     handle, family, text, acted = psutil.Process(process.pid), {}, "", at is None
     deadline = time.monotonic() + 240
@@ -121,22 +126,20 @@ def whole(demo):
 
 @pytest.fixture(scope="module")
 def broken(demo):
-    """(run directory, [Ended]): stopped by Ctrl-C, resumed, killed, resumed to the end."""
+    """(run directory, [Ended]): stopped by SIGINT, resumed, stopped by SIGTERM, resumed, killed,
+    resumed to the end."""
     run = demo.parent / "broken"
-    ends = [
-        rlpost(
-            "run", demo, *sets(), "--out", run, folder=demo.parent,
-            at=lambda: updates_done(run) >= 1,
-            act=lambda process, family: os.kill(process.pid, signal.SIGINT),
-        )
-    ]  # fmt: skip
-    stopped = updates_done(run)
-    ends.append(
-        rlpost(
-            "run", "--resume", run, folder=demo.parent,
-            at=lambda: updates_done(run) >= stopped + 2, act=lambda process, family: process.kill(),
-        )
-    )  # fmt: skip
+    ends = []
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        done = max(0, updates_done(run))
+        what = ("--resume", run) if ends else (demo, *sets(), "--out", run)
+        ends.append(
+            rlpost(
+                "run", *what, folder=demo.parent,
+                at=lambda done=done: updates_done(run) >= done + 1,
+                act=lambda process, family, sent=sent: os.kill(process.pid, sent),
+            )
+        )  # fmt: skip
     ends.append(rlpost("run", "--resume", run, folder=demo.parent))
     return run, ends
 
@@ -200,22 +203,26 @@ def test_no_process_is_left_behind(whole, broken):
 # ── disturbed runs ─────────────────────────────────────────────────────────────────────────────
 
 
-def test_ctrl_c_ends_with_a_checkpoint_exit_130_and_how_to_go_on(broken):
-    _, (stopped, *_) = broken
+@pytest.mark.parametrize("which", [0, 1], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_with_a_checkpoint_exit_130_and_how_to_go_on(broken, which):
+    run, ends = broken
+    stopped = ends[which]
     assert stopped.code == 130
     assert "stopping after this update" in stopped.err
     assert re.search(r"go on with: rlpost run --resume broken\b", stopped.err)
     assert "Traceback" not in stopped.err
+    kinds = [event["kind"] for event in read_events(run, superseded=True)]
+    assert kinds.count("stopping") == 2
 
 
 def test_a_killed_run_resumes_to_its_end(broken):
-    run, (_, killed, ended) = broken
+    run, (*_, killed, ended) = broken
     assert killed.code == -signal.SIGKILL
     assert ended.code == 0, ended.err[-3000:]
     lines = read_metrics(run)
     assert [line["update"] for line in lines] == list(range(UPDATES + 1))
     events = [e["kind"] for e in read_events(run, superseded=True)]
-    assert events.count("resumed") == 2
+    assert events.count("resumed") == 3
 
 
 def test_in_lockstep_the_broken_run_equals_the_whole_one_bit_for_bit(whole, broken):
