@@ -22,6 +22,17 @@ PHASES = ("starting", "proving", "training", "publish", "evaluate", "save", "don
 OUTCOMES = ("mixed", "all_good", "all_bad")
 ROLES = ("rollout", "learner", "scoring", "controller")
 DROPPED = ("unscored", "all_good", "all_bad", "late")
+RESTARTS = ("died", "timeout", "planned")
+ROOFLINES = ("generate", "learn", "publish")
+CHECKS = (
+    *("non_finite", "entropy_collapse", "kl_explosion", "grad_norm", "mismatch", "proof"),
+    *("all_bad", "all_good", "overfit", "truncation", "length_explosion", "staleness"),
+    *("stalled", "reward_errors", "idle", "disk"),
+)
+"""What health watches; dashboards/RUNBOOKS.md has one heading for each."""
+SEVERITIES = ("warning", "critical")
+ACTIONS = ("warn", "skip", "lower_learning_rate", "pause", "roll_back")
+SINKS = ("tensorboard", "wandb")
 FAST = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # seconds
 SLOW = (0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -56,6 +67,7 @@ def _histogram(name: str, help: str, buckets: Sequence[float], **labels: Sequenc
 METRICS: tuple[Metric, ...] = (
     # progress
     _gauge("update", "Updates done."),
+    _gauge("planned_updates", "Updates after which the run ends at the latest."),
     _gauge("policy_version", "Version of the policy that the learner holds."),
     _gauge("phase", "1 for what the run is doing now, 0 for the rest.", phase=PHASES),
     _gauge("last_update_timestamp_seconds", "When the last update ended (Unix); 0 before."),
@@ -75,10 +87,14 @@ METRICS: tuple[Metric, ...] = (
     _gauge("loss", "Loss of the last update."),
     _gauge("kl", "KL to the start policy when last measured, in nats a token."),
     _gauge("logprob_gap", "Mean |learner - engine| of log-probabilities."),
+    _gauge("probability_gap", "Mean |learner - engine| of the sampled tokens' probabilities."),
+    _gauge("rollout_kl", "KL of the engine's policy to the learner's, in nats a token."),
     _gauge("importance_weight_mean", "Mean weight learner / engine before capping; 1 on policy."),
     _gauge("effective_sample_ratio", "Effective sample size of the weights, by tokens."),
     _gauge("entropy", "Entropy of the policy over the trained tokens, in nats."),
     _gauge("clip_ratio", "Share of the trained tokens whose weight was clipped or capped."),
+    _gauge("clip_low_ratio", "Share of the trained tokens clipped at the lower bound."),
+    _gauge("clip_high_ratio", "Share of the trained tokens clipped or capped at the upper bound."),
     _gauge("grad_norm", "Gradient norm before clipping."),
     _gauge("learning_rate", "Learning rate of the last update."),
     _counter("skipped_updates_total", "Updates that moved no weight, by reason.",
@@ -89,11 +105,13 @@ METRICS: tuple[Metric, ...] = (
     _counter("tokens_total", "Tokens through the engines.", kind=("prompt", "completion")),
     _counter("rollouts_total", "Rollouts, by status of their judgement.", status=STATUSES),
     _counter("truncated_rollouts_total", "Rollouts that ended at the reply limit."),
+    _histogram("prompt_length_tokens", "Tokens before the first reply of a rollout.", TOKENS),
     _histogram("reply_length_tokens", "Tokens that the policy sampled in a rollout.", TOKENS),
     _gauge("groups_in_flight", "Groups that are being sampled or judged."),
     _gauge("buffer_groups", "Finished groups that wait for their update."),
     _gauge("staleness_updates", "Largest staleness in the last update."),
     _gauge("staleness_max_updates", "Largest staleness in any update so far."),
+    _gauge("staleness_bound_updates", "Staleness that no update may exceed."),
     _counter("dropped_groups_total", "Groups that were not trained, by reason.", reason=DROPPED),
     # rewards
     _counter("reward_calls_total", "Judgements, by outcome.", reward=(), outcome=STATUSES),
@@ -109,9 +127,29 @@ METRICS: tuple[Metric, ...] = (
     _gauge("proof_power", "Power of that slope; undecided while it is low."),
     # keeping and running
     _counter("checkpoints_total", "Checkpoints written."),
+    _counter("checkpoint_failures_total", "Checkpoints that could not be written."),
     _histogram("checkpoint_duration_seconds", "Time to write a checkpoint.", SLOW),
-    _counter("actor_restarts_total", "Actors that were started again, by role.", role=ROLES),
+    _gauge("last_checkpoint_timestamp_seconds", "When the last checkpoint was whole (Unix)."),
+    _counter("actor_restarts_total", "Actors that were started again, by role and reason.",
+             role=ROLES, reason=RESTARTS),
     _counter("idle_seconds_total", "Time without work, by role.", role=("rollout", "learner")),
+    _gauge("actors", "Actors whose idle time is counted, by role.", role=("rollout", "learner")),
+    # hardware
+    _gauge("gpu_memory_used_bytes", "GPU memory in use, all cards of a role.",
+           role=("rollout", "learner")),
+    _gauge("gpu_memory_size_bytes", "GPU memory that there is, all cards of a role.",
+           role=("rollout", "learner")),
+    _gauge("gpu_busy_ratio", "Share of the time in which a role's GPUs ran a kernel.",
+           role=("rollout", "learner")),
+    _gauge("roofline_ratio", "Speed as a share of what the hardware allows, by work.",
+           work=ROOFLINES),
+    _gauge("disk_free_bytes", "Free space where the run directory lies."),
+    _gauge("disk_size_bytes", "Size of the file system where the run directory lies."),
+    # health
+    _gauge("health", "1 while a check of the run's health fires.",
+           check=CHECKS, severity=SEVERITIES),
+    _counter("health_actions_total", "What health did to the run, by action.", action=ACTIONS),
+    _counter("sink_dropped_total", "Points that a sink outside the run did not take.", sink=SINKS),
 )  # fmt: skip
 _MAKERS = {"gauge": Gauge, "counter": Counter, "histogram": Histogram}
 
@@ -168,6 +206,11 @@ class RunMetrics:
         for phase in {*PHASES, current}:
             self._set("phase", float(phase == current), phase=phase)
 
+    def configured(self, *, updates: int, staleness: int) -> None:
+        """What the job allows: updates at most, and the largest staleness."""
+        self._set("planned_updates", updates)
+        self._set("staleness_bound_updates", staleness)
+
     def collected(self, group: Group) -> None:
         """A group came back from its rollout worker, judged or not."""
         for rollout in group.rollouts:
@@ -175,7 +218,9 @@ class RunMetrics:
             if rollout.stop_reason == "length":
                 self._add("truncated_rollouts_total")
             if rollout.trajectory is not None:
-                self._observe("reply_length_tokens", sum(rollout.trajectory.loss_mask))
+                mask = list(rollout.trajectory.loss_mask)
+                self._observe("prompt_length_tokens", mask.index(1) if 1 in mask else len(mask))
+                self._observe("reply_length_tokens", sum(mask))
 
     def buffered(self, *, running: int, finished: int) -> None:
         self._set("groups_in_flight", running)
@@ -224,6 +269,8 @@ class RunMetrics:
         self._seen[("staleness",)] = largest
         self._set("staleness_max_updates", largest)
         self._add("idle_seconds_total", learner_wait, role="learner")
+        self._set("actors", 1, role="learner")  # its ranks wait together
+        self._set("actors", len(workers), role="rollout")
         for reason, total in dropped.items():
             self._advance("dropped_groups_total", total, source="buffer", reason=reason)
         for number, statistics in enumerate(workers):
@@ -247,9 +294,53 @@ class RunMetrics:
     def saved(self, seconds: float) -> None:
         self._add("checkpoints_total")
         self._observe("checkpoint_duration_seconds", seconds)
+        self._set("last_checkpoint_timestamp_seconds", time.time())
 
-    def restarted(self, role: str) -> None:
-        self._add("actor_restarts_total", role=role)
+    def save_failed(self) -> None:
+        self._add("checkpoint_failures_total")
+
+    def restarted(self, role: str, reason: str = "died") -> None:
+        """An actor was started again; `reason` is one of RESTARTS."""
+        self._add("actor_restarts_total", role=role, reason=reason)
+
+    def diverged(self, *, kl: float, probability_gap: float) -> None:
+        """How far engine and learner are apart over an update's tokens: nats and probability."""
+        self._set("rollout_kl", kl)
+        self._set("probability_gap", probability_gap)
+
+    def clipped(self, *, low: float, high: float) -> None:
+        """Shares of an update's trained tokens that each bound of the weight held back."""
+        self._set("clip_low_ratio", low)
+        self._set("clip_high_ratio", high)
+
+    def hardware(
+        self, role: str, *, used_bytes: float, size_bytes: float, busy: float | None = None
+    ) -> None:
+        """The GPUs of a role together; `busy` is the mean share of time in [0, 1]."""
+        self._set("gpu_memory_used_bytes", used_bytes, role=role)
+        self._set("gpu_memory_size_bytes", size_bytes, role=role)
+        self._set("gpu_busy_ratio", busy, role=role)
+
+    def roofline(self, work: str, ratio: float) -> None:
+        """`work` is one of ROOFLINES, `ratio` the measured speed over the possible one."""
+        self._set("roofline_ratio", ratio, work=work)
+
+    def disk(self, *, free_bytes: float, size_bytes: float) -> None:
+        self._set("disk_free_bytes", free_bytes)
+        self._set("disk_size_bytes", size_bytes)
+
+    def health(self, check: str, severity: str | None) -> None:
+        """A check of CHECKS fires with this severity, or with None no longer."""
+        for known in SEVERITIES:
+            self._set("health", float(known == severity), check=check, severity=known)
+
+    def acted(self, action: str) -> None:
+        """Health did one of ACTIONS."""
+        self._add("health_actions_total", action=action)
+
+    def sink_dropped(self, sink: str, points: int = 1) -> None:
+        """A sink (one of SINKS) did not take these points; the run went on without it."""
+        self._add("sink_dropped_total", points, sink=sink)
 
     def _learned(self, report: StepReport) -> None:
         self._set("policy_version", report.policy_version)

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rlpost.errors import JobError
-from rlpost.metrics import METRICS, OUTCOMES, PHASES, RunMetrics
+from rlpost.metrics import METRICS, OUTCOMES, PHASES, SEVERITIES, RunMetrics
 from rlpost.reward import STATUSES
 from rlpost.types import Group, Rollout, Score, StepReport, Task, Trajectory
 
@@ -187,8 +187,29 @@ def test_publishes_evaluations_checkpoints_and_restarts_are_seen(metrics):
     assert value(metrics, "eval", metric="exact_f1") == 0.3
     assert value(metrics, "eval_update") == 10
     assert value(metrics, "checkpoints_total") == 1
-    assert value(metrics, "actor_restarts_total", role="rollout") == 1
+    assert value(metrics, "actor_restarts_total", role="rollout", reason="died") == 1
     assert (value(metrics, "groups_in_flight"), value(metrics, "buffer_groups")) == (5, 2)
+
+
+def test_health_shows_one_severity_of_a_check_at_a_time(metrics):
+    metrics.health("idle", "warning")
+    metrics.health("idle", "critical")
+    shown = {s: value(metrics, "health", check="idle", severity=s) for s in SEVERITIES}
+    assert shown == {"warning": 0, "critical": 1}
+    metrics.health("idle", None)
+    assert value(metrics, "health", check="idle", severity="critical") == 0
+
+
+def test_a_prompt_is_what_comes_before_the_first_sampled_token(metrics):
+    trajectory = Trajectory(
+        token_ids=[0] * 40, loss_mask=[0] * 20 + [1] * 5 + [0] * 10 + [1] * 5, logprobs=[0.0] * 40,
+        policy_version=0,
+    )  # fmt: skip
+    metrics.collected(
+        group(Rollout(task=Task(id="t", messages=[]), reply="", trajectory=trajectory))
+    )
+    assert value(metrics, "prompt_length_tokens_sum") == 20
+    assert value(metrics, "reply_length_tokens_sum") == 10
 
 
 def test_a_scrape_of_the_served_address_gets_the_metrics(metrics):
