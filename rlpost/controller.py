@@ -303,7 +303,9 @@ class Controller:
         better = self._curve.add(self._update, value)
         self.progress.best = self._curve.best
         self._run.append_evaluation(self._update, result.summary(), result.rollouts)
-        self._metrics.evaluated(result.score, result.metrics, update=self._update)
+        self._metrics.evaluated(
+            result.score, result.metrics, update=self._update, parts=result.parts
+        )
         self._event(
             "evaluated", score=result.score, metric=self._job.eval.metric, value=value,
             better=better, seconds=round(time.monotonic() - began, 2),
