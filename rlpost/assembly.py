@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from rlpost import plugins
 from rlpost.config import Job
-from rlpost.engine.base import Engine, EngineSpec
+from rlpost.engine.base import MKL_CBWR, Engine, EngineSpec
 from rlpost.errors import ModelError
 from rlpost.evaluation import Metrics
+from rlpost.learner_spec import LearnerSpec
 from rlpost.preparation import model_folder, open_env
 
 if TYPE_CHECKING:
@@ -95,9 +96,7 @@ def build_worker(job: Job) -> "RolloutWorker":
     engine."""
     set_threads(job)
     if device(job) == "cpu":
-        # vLLM's adapters multiply by batched MKL calls whose rounding depends on the batch; strict
-        # reproducibility makes a seeded reply the same whatever else runs, at no cost measured
-        os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
+        os.environ.setdefault("MKL_CBWR", MKL_CBWR)  # before the imports below load MKL
     from rlpost.engine import open_engine
     from rlpost.policy.renderer import Renderer
     from rlpost.rollout_worker import RolloutWorker
@@ -124,17 +123,17 @@ def build_worker(job: Job) -> "RolloutWorker":
     )
 
 
-def build_learner(job: Job) -> "Learner":
-    """The learner of this job, not started."""
+def build_learner(job: Job, *, reply_limit: int) -> "Learner":
+    """The learner of this job, not started. `reply_limit` is the most tokens a reply may have."""
     set_threads(job)
     from rlpost.learner import Learner
 
-    return Learner(learner_spec(job))
+    return Learner(learner_spec(job, reply_limit=reply_limit))
 
 
-def learner_spec(job: Job) -> Any:
-    from rlpost.learner import LearnerSpec
-
+def learner_spec(job: Job, *, reply_limit: int = 0) -> LearnerSpec:
+    """What the job's learner is started with; without a limit dr_grpo divides by the longest reply
+    of an update."""
     rules, where, model = job.learner, device(job), model_folder(job)
     checkpointing = rules.checkpoint_activations
     return LearnerSpec(
@@ -155,6 +154,8 @@ def learner_spec(job: Job) -> Any:
         guard=rules.sequence_guard,
         kl_coefficient=rules.kl,
         entropy_coefficient=rules.entropy,
+        reply_limit=reply_limit,
+        keep_start=rules.method == "full" and rules.kl > 0,
         micro_batch_tokens=rules.micro_batch_tokens or MICRO_BATCH_TOKENS[where],
         checkpointing=where == "cuda" if checkpointing is None else checkpointing,
         device=where,

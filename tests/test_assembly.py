@@ -67,8 +67,18 @@ def test_the_learner_gets_what_the_job_says_and_the_defaults_of_its_device(job):
         "dapo", 0.1, 4, 9, 2,
     )  # fmt: skip
     assert (spec.micro_batch_tokens, spec.checkpointing, spec.device) == (2048, False, "cpu")
+    assert assembly.learner_spec(job("learner.loss=dr_grpo"), reply_limit=77).reply_limit == 77
     gpu = assembly.learner_spec(job("run.gpus=colocated"))
     assert (gpu.micro_batch_tokens, gpu.checkpointing, gpu.dtype) == (16384, True, "bfloat16")
+
+
+def test_the_start_policy_is_kept_only_where_full_fine_tuning_measures_against_it(job):
+    def kept(*sets):
+        return assembly.learner_spec(job(*sets)).keep_start
+
+    assert kept("learner.method=full", "learner.kl=0.1")
+    assert not kept("learner.method=full")
+    assert not kept("learner.kl=0.1")  # the start of an adapter is the base, or a frozen copy
 
 
 def shaped_model(folder, *parameters):

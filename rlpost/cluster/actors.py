@@ -68,8 +68,8 @@ class RolloutActor:
 class LearnerActor:
     """The learner in its own process; one call at a time."""
 
-    def __init__(self, source: JobSource):
-        self._learner = assembly.build_learner(open_job(source))
+    def __init__(self, source: JobSource, reply_limit: int):
+        self._learner = assembly.build_learner(open_job(source), reply_limit=reply_limit)
 
     def start(self) -> dict[str, Any]:
         self._learner.start()
@@ -206,7 +206,7 @@ class ControllerActor:
         metrics = RunMetrics(job.run.name)
         address = metrics.serve(port=job.run.metrics_port)
         directory.write_address(address)
-        workers, learner = place(job, self._source)
+        workers, learner = place(job, self._source, reply_limit=prepared.max_reply_tokens)
         self._controller = Controller(
             prepared,
             workers=workers,
@@ -229,9 +229,9 @@ class ControllerActor:
         return self._controller.progress.as_dict() if self._controller else {"phase": "preparing"}
 
 
-def place(job: Job, source: JobSource) -> tuple[list[RayRollout], RayLearner]:
+def place(job: Job, source: JobSource, *, reply_limit: int) -> tuple[list[RayRollout], RayLearner]:
     """One actor a rollout worker and one for the learner: whole GPUs, halves when colocated, none
-    on the CPU."""
+    on the CPU. `reply_limit` is the most tokens a reply may have."""
     workers, rollout_share, learner_share = 1, 0.0, 0.0
     if job.run.gpus == "colocated":
         rollout_share = learner_share = 0.5
@@ -252,7 +252,7 @@ def place(job: Job, source: JobSource) -> tuple[list[RayRollout], RayLearner]:
     learner = (
         ray.remote(LearnerActor)
         .options(num_cpus=0, num_gpus=learner_share, runtime_env=environment)
-        .remote(source)
+        .remote(source, reply_limit)
     )
     return rollouts, RayLearner(learner)
 

@@ -25,6 +25,11 @@ from rlpost.types import Completion
 BASE_VERSION = -1
 """The version of the model as loaded, without adapter: the start policy of LoRA from scratch."""
 
+MKL_CBWR = "AVX2,STRICT"
+"""The environment variable of that name, for engines on the CPU. Adapters multiply by batched MKL
+calls whose rounding depends on the batch; strict reproducibility makes a seeded reply the same
+whatever else runs (point 3), at no cost measured. MKL reads it at its first product."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:

@@ -16,7 +16,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from rlpost.engine.base import EngineSpec, Publication
+from rlpost.engine.base import MKL_CBWR, EngineSpec, Publication
 from rlpost.engine.stepped import Request, Served, SteppedEngine, Stepper
 from rlpost.errors import EngineError
 from rlpost.types import Completion
@@ -237,9 +237,8 @@ def set_environment(spec: EngineSpec) -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # one process talks to itself only
     if spec.device == "cpu":
-        os.environ.setdefault(
-            "OMP_NUM_THREADS", "1"
-        )  # threads that spin on busy cores cost 5 times
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # spinning threads cost 5 times on busy cores
+        os.environ.setdefault("MKL_CBWR", MKL_CBWR)
     elif importlib.util.find_spec("flashinfer") is None:
         os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 

@@ -158,6 +158,22 @@ class AdapterContract:
                 assert one.logprobs == other.logprobs
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
 
+    async def test_a_seeded_request_of_an_adapter_repeats_whatever_else_runs(
+        self, engine, fresh_model
+    ):
+        """The adapter's own products must not round by the batch either."""
+        await engine.publish(adapter_publication(adapted(fresh_model(), seed=33), 33))
+        alone = [(await sample(engine, [p], seed=7 + i))[0] for i, p in enumerate(PROMPTS)]
+        both = await asyncio.gather(
+            sample(engine, PROMPTS), sample(engine, PROMPTS, version=BASE_VERSION, seed=70)
+        )
+        for one, other in zip(alone, both[0], strict=True):
+            assert one.versions == other.versions == [(0, 33)]
+            assert one.token_ids == other.token_ids
+            if self.exact:
+                assert one.logprobs == other.logprobs
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
     async def test_greedy_takes_the_most_probable_token(self, engine, model):
         completion = (await sample(engine, PROMPTS[:1], version=BASE_VERSION, temperature=0.0))[0]
         sequence = list(PROMPTS[0])
