@@ -7,7 +7,7 @@ run: workers hand their counts over.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -206,10 +206,19 @@ class RunMetrics:
         for phase in {*PHASES, current}:
             self._set("phase", float(phase == current), phase=phase)
 
-    def configured(self, *, updates: int, staleness: int) -> None:
-        """What the job allows: updates at most, and the largest staleness."""
+    def configured(self, *, updates: int, staleness: int, rewards: Iterable[str] = ()) -> None:
+        """What the job allows (updates at most, the largest staleness) and the names of its
+        rewards."""
+        for reward in rewards:
+            self._judges(reward)
         self._set("planned_updates", updates)
         self._set("staleness_bound_updates", staleness)
+
+    def _judges(self, reward: str) -> None:
+        """Its series are there at 0 for every outcome: a share of one that never happened is 0."""
+        self._series("reward_seconds_total", {"reward": reward})
+        for status in STATUSES:
+            self._series("reward_calls_total", {"reward": reward, "outcome": status})
 
     def collected(self, group: Group) -> None:
         """A group came back from its rollout worker, judged or not."""
@@ -391,6 +400,7 @@ class RunMetrics:
         scoring: Mapping[str, Any] = statistics.get("scoring") or {}
         self._advance("scoring_restarts_total", float(scoring.get("restarts", 0)), source=number)
         for reward, calls in scoring.get("calls", {}).items():
+            self._judges(reward)
             for status, total in calls.items():
                 self._advance(
                     "reward_calls_total", total, source=number, reward=reward, outcome=status

@@ -191,6 +191,15 @@ def test_publishes_evaluations_checkpoints_and_restarts_are_seen(metrics):
     assert (value(metrics, "groups_in_flight"), value(metrics, "buffer_groups")) == (5, 2)
 
 
+def test_a_reward_has_every_outcome_at_zero_before_its_first_judgement(metrics):
+    metrics.configured(updates=10, staleness=1, rewards=["f"])
+    for status in STATUSES:
+        assert value(metrics, "reward_calls_total", reward="f", outcome=status) == 0
+    assert value(metrics, "reward_seconds_total", reward="f") == 0
+    assert value(metrics, "planned_updates") == 10
+    assert value(metrics, "staleness_bound_updates") == 1
+
+
 def test_health_shows_one_severity_of_a_check_at_a_time(metrics):
     metrics.health("idle", "warning")
     metrics.health("idle", "critical")

@@ -16,7 +16,7 @@ TOP: list[Panel] = [
     ),
     number(
         "Truncated", "share of rollouts that ended at the reply limit.",
-        "above 20% raise rollout.reply_tokens or look for run-on replies in the samples.",
+        "above 20% raise rollout.max_reply_tokens or look for run-on replies in the samples.",
         Query(
             "sum by (run_id) (rate(rlpost_truncated_rollouts_total{run}[rate]))"
             " / sum by (run_id) (rate(rlpost_rollouts_total{run}[rate]))"
@@ -76,7 +76,7 @@ FLOW: list[Panel] = [
     ),
     lines(
         "Groups dropped", "groups a second that were not trained, by reason.",
-        "late: raise the deadline or lower the reply limit. unscored: see the Rewards board.",
+        "late: raise rollout.drop_after or lower the reply limit. unscored: see the Rewards board.",
         Query("rate(rlpost_dropped_groups_total{run}[rate])", "{{run_id}} {{reason}}"),
         unit="cps", low=0,
     ),

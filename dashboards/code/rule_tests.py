@@ -162,7 +162,7 @@ def rule_tests(rules: str) -> str:
     head = (
         "# Made by code/build.py from code/rule_tests.py. Run: promtool test rules rules_test.yml\n"
     )
-    body = {"rule_files": ["rules.yml"], "evaluation_interval": "30s", "tests": tests}
+    body = {"rule_files": ["rules.yml"], "evaluation_interval": "1m", "tests": tests}
     return head + yaml.safe_dump(body, sort_keys=False, width=120, allow_unicode=True)
 
 
