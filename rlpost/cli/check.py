@@ -3,13 +3,17 @@ torch."""
 
 import argparse
 import asyncio
+import difflib
 import json
 from collections.abc import Sequence
 from typing import Any
 
 from rlpost.config import Job, explain, read_job
-from rlpost.errors import UserError, UserErrors
+from rlpost.errors import JobError, UserError, UserErrors
 from rlpost.preparation import Prepared, model_folder, placed, prepare
+from rlpost.reward import recorded
+from rlpost.scoring.probes import gold_forms
+from rlpost.types import Rollout, Task
 
 
 def register(verbs: Any) -> None:
@@ -69,7 +73,9 @@ def check_job(job: Job, *, quick: bool) -> list[str]:
         raise _all([*errors, error]) from None
     if errors:
         raise _all(errors)
-    return [*_describe(job, prepared), *_try_rewards(job, prepared, quick=quick)]
+    notes = [*_describe(job, prepared), *_try_rewards(job, prepared, quick=quick)]
+    _check_metric(job, prepared)
+    return notes
 
 
 def _all(errors: Sequence[UserError]) -> UserError:
@@ -135,3 +141,41 @@ def _try_rewards(job: Job, prepared: Prepared, *, quick: bool) -> list[str]:
         ]
         raise mistakes[0] if len(mistakes) == 1 else UserErrors(mistakes)
     return [f"{finding.severity}: {finding.reward}: {finding.text}" for finding in findings]
+
+
+def _check_metric(job: Job, prepared: Prepared) -> None:
+    """eval.metric must be measured: what is measured is what two gold replies bring."""
+    metric = job.eval.metric
+    if metric == "score":
+        return
+    from rlpost.assembly import task_metrics
+    from rlpost.evaluation import summarise
+
+    rollouts = asyncio.run(_judge_gold(job, prepared.train[:2]))
+    result = summarise(rollouts, version=0, metrics=task_metrics(job))
+    known = ["score", *result.metrics, *result.parts]
+    if metric in known or result.unscored == result.rows:  # unjudged gold tells no names of parts
+        return
+    close = difflib.get_close_matches(metric, known, n=1)
+    raise JobError(
+        f"eval.metric = {metric!r} is not measured by this job's rewards",
+        **job.at("eval", "metric"),
+        cure=f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}",
+    )
+
+
+async def _judge_gold(job: Job, tasks: Sequence[Task]) -> list[Rollout]:
+    from rlpost.scoring.pool import ScoringPool
+
+    rules = job.scoring
+    async with ScoringPool(
+        job.rewards,
+        deadline=rules.deadline,
+        memory_bytes=rules.memory_mb << 20,
+        trusted=rules.trusted,
+        allow_untrusted=rules.allow_untrusted,
+    ) as pool:
+        forms = [(gold_forms(task) or [""])[0] for task in tasks]
+        return await pool.score(
+            [recorded(task, form) for task, form in zip(tasks, forms, strict=True)]
+        )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlpost.cli import main
+from rlpost.cli.init import copy_demo
 
 TEMPLATE = Path(__file__).parents[2] / "rlpost" / "template"
 JOB = """[run]
@@ -62,6 +63,32 @@ def test_a_right_job_passes_and_says_what_it_found(job, capsys):
     told = capsys.readouterr().out
     assert "10 training and 2 validation tasks" in told
     assert told.splitlines()[-1] == "ok: the job can run"
+
+
+def test_a_metric_that_no_reward_measures_is_refused_with_the_nearest(job, capsys):
+    (line,) = refused(capsys, job, "--set", "eval.metric=exact_f1")
+    assert line == (
+        "eval.metric = 'exact_f1' is not measured by this job's rewards (--set"
+        " eval.metric=exact_f1); there are score, judge"
+    )
+
+
+@pytest.mark.parametrize("metric", ["exact_f1", "whole_row", "extraction.typed.total", "score"])
+def test_what_the_demos_reward_measures_may_be_the_metric(tmp_path, metric):
+    copy_demo(tmp_path / "demo")
+    small = ("--set", "environment.count=20", "--set", f"eval.metric={metric}")
+    assert main(["check", str(tmp_path / "demo"), *small]) == 0
+
+
+def test_a_metric_with_a_typing_error_gets_a_suggestion(tmp_path, capsys):
+    copy_demo(tmp_path / "demo")
+    path = tmp_path / "demo" / "job.toml"
+    text = path.read_text().replace("[eval]\n", '[eval]\nmetric = "exakt_f1"\n')
+    path.write_text(text)
+    line = text.splitlines().index('metric = "exakt_f1"') + 1
+    (told,) = refused(capsys, tmp_path / "demo", "--set", "environment.count=20")
+    assert f"job.toml, line {line}" in told
+    assert told.endswith("did you mean exact_f1?")
 
 
 def test_explain_prints_every_value_with_its_reason(job, capsys):
