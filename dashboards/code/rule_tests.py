@@ -73,7 +73,7 @@ SICK: dict[str, tuple[Series, dict[str, str]]] = {  # alert: what differs, label
     "RlpostKlJump": ({'rlpost_kl{run_id="r"}': "0.01+0.0001x110 0.1x9"}, {}),
     "RlpostKlExplosion": ({'rlpost_kl{run_id="r"}': "0.01+0.0001x116 0.5x3"}, {}),
     "RlpostGradientJump": ({'rlpost_grad_norm{run_id="r"}': "1+0.001x110 5x9"}, {}),
-    "RlpostGradientExplosion": ({'rlpost_grad_norm{run_id="r"}': "1+0.001x116 50x3"}, {}),
+    "RlpostGradientExplosion": ({'rlpost_grad_norm{run_id="r"}': "1+0.001x115 50x4"}, {}),
     "RlpostAllGood": ({GOOD: "0.8x120", BAD: "0.1x120"}, {}),
     "RlpostAllBad": ({GOOD: "0.1x120", BAD: "0.8x120"}, {}),
     "RlpostOverfit": (
