@@ -3,6 +3,7 @@
 "Before" is the first evaluation, "after" that of the update that was kept.
 """
 
+import contextlib
 import math
 import tomllib
 from collections import Counter
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlpost.run_directory import JOB, read_evaluation, read_events, read_metrics
+from rlpost.run_directory import JOB, RESOLVED, read_evaluation, read_events, read_metrics
 
 SAMPLES = ("gained most", "in the middle", "gained least")
 
@@ -89,10 +90,11 @@ def read_outcome(run_dir: str | Path) -> Outcome:
 
 
 def _read_job(path: Path) -> Mapping[str, Any]:
-    try:
-        return tomllib.loads((path / JOB).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # a report of what is there is better than none
+    """The job as it ran; as it was given where a run did not come that far."""
+    for name in (RESOLVED, JOB):
+        with contextlib.suppress(OSError, ValueError):
+            return tomllib.loads((path / name).read_text(encoding="utf-8"))
+    return {}
 
 
 def _kept(outcome: Outcome) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlpost.outcome import Outcome, Pair, Sample, read_outcome, reply_of, value_of
-from rlpost.run_directory import JOB, REPORT
+from rlpost.run_directory import JOB, REPORT, RESOLVED
 
 PICTURE = "report.png"
 SOURCE = "source.json"  # the job as it was given, with what --set changed
@@ -166,7 +166,7 @@ def _model_text(outcome: Outcome) -> str:
     if not model:
         return ""
     license = model.get("license") or _found_in_events(outcome, "license")
-    revision = _found_in_events(outcome, "revision")
+    revision = model.get("revision") or _found_in_events(outcome, "revision")
     text = f"Start: {_code(str(model.get('path')))}"
     text += f", revision {_code(str(revision))}" if revision else ""
     unknown = "not stated by the model; look it up before you pass it on"
@@ -189,6 +189,8 @@ def _job_text(outcome: Outcome) -> str:
         kept = json.loads((outcome.path / SOURCE).read_text(encoding="utf-8"))
         if kept.get("overrides"):
             parts.append(f"Changed by --set: {', '.join(map(_code, kept['overrides']))}.")
+    if (outcome.path / RESOLVED).is_file():
+        parts.append(f"Every value, defaults included: [{RESOLVED}]({RESOLVED}).")
     return "\n\n".join(parts)
 
 

@@ -1,6 +1,7 @@
 """The files of a run: one writer, and readers that anyone may use while it writes.
 
-    job.toml                          the resolved job
+    job.toml                          the job as it was given
+    resolved.toml                     the job as it runs: every value, revision and licence
     events.jsonl                      {time, sequence, update, kind, …}
     metrics.jsonl                     one object an update: {update, reward, …, eval where one was
     made} rollouts/update-00012.jsonl       samples, one group a line, readable
@@ -27,8 +28,8 @@ from typing import Any
 from rlpost.errors import JobError, RunError
 from rlpost.types import JSON, Group, Rollout
 
-JOB, EVENTS, METRICS, ADDRESS, REPORT = (
-    "job.toml", "events.jsonl", "metrics.jsonl", "metrics.json", "report.md",
+JOB, RESOLVED, EVENTS, METRICS, ADDRESS, REPORT = (
+    "job.toml", "resolved.toml", "events.jsonl", "metrics.jsonl", "metrics.json", "report.md",
 )  # fmt: skip
 ROLLOUTS, EVALUATIONS, CHECKPOINTS = "rollouts", "eval", "checkpoints"
 _SAMPLES = re.compile(r"update-(\d+)\.jsonl")
@@ -65,8 +66,12 @@ class RunDirectory:
         return self.path / REPORT
 
     def write_job(self, text: str) -> Path:
-        """The resolved job, replaced whole."""
+        """The job as it was given, replaced whole."""
         return _replace(self.path / JOB, text)
+
+    def write_resolved(self, text: str) -> Path:
+        """The job as it runs, replaced whole: after a resume the newer values hold."""
+        return _replace(self.path / RESOLVED, text)
 
     def write_address(self, address: str) -> Path:
         """Where the run's metrics are served: metrics.json with `address` and the process id."""

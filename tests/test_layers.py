@@ -25,7 +25,7 @@ ROOMS = {
     "workers": ["rollout_worker", "learner", "learner_spec", "clients"],
     "loop": [
         *("controller", "update", "publisher", "records", "checkpoints"),
-        *("evaluation", "health", "preparation", "assembly", "outcome", "report"),
+        *("evaluation", "health", "preparation", "assembly", "resolved_job", "outcome", "report"),
     ],
     "doors": ["cluster", "cli", "compare", "sft", "service", "batch", "route"],
 }

@@ -129,6 +129,16 @@ def test_the_report_names_what_was_changed_on_the_command_line(run):
     assert "Changed by --set: `eval.every=2`." in write_report(run).read_text()
 
 
+def test_the_report_follows_the_resolved_job_and_names_its_file(run):
+    RunDirectory(run).write_resolved(
+        '[eval]\nmetric = "score"\n[model]\npath = "m"\nlicense = "MIT"\nrevision = "def"\n'
+    )
+    text = write_report(run).read_text()
+    assert "score on 3 validation rows" in text
+    assert "revision `def`. Licence: MIT" in text
+    assert "Every value, defaults included: [resolved.toml](resolved.toml)." in text
+
+
 def test_no_reply_can_break_out_of_its_block(run):
     text = write_report(run).read_text()
     assert "````\n```no```\n````" in text

@@ -198,11 +198,13 @@ class ControllerActor:
         from rlpost.metrics import RunMetrics
         from rlpost.policy.renderer import Renderer
         from rlpost.preparation import model_folder, prepare
+        from rlpost.resolved_job import resolve, write_toml
         from rlpost.run_directory import RunDirectory
 
         job = open_job(self._source)
         prepared = prepare(job, renderer=Renderer(model_folder(job), thinking=job.model.thinking))
         directory = RunDirectory(self._run_path)
+        directory.write_resolved(write_toml(resolve(prepared)))
         metrics = RunMetrics(job.run.name)
         address = metrics.serve(port=job.run.metrics_port)
         directory.write_address(address)

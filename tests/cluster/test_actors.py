@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,6 +164,10 @@ def test_a_run_leaves_metrics_events_samples_a_report_and_checkpoints(whole):
     assert {reply["status"] for reply in replies} == {"ok"}
     assert (run / "report.md").is_file()
     assert (run / "report.png").is_file()
+    resolved = tomllib.loads((run / "resolved.toml").read_text())
+    assert resolved["run"]["updates"] == UPDATES
+    assert resolved["learner"]["learning_rate"] > 0
+    assert resolved["model"]["license"]
     assert (run / "checkpoints" / f"update-{UPDATES:05d}").is_dir()
     assert "report:" in ended.out
     assert "Traceback" not in ended.err
