@@ -2,7 +2,10 @@
 watcher sees."""
 
 import math
+import shutil
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,7 +67,13 @@ class Records:
     def __init__(self, job: Job, run: RunDirectory, metrics: RunMetrics):
         self._job, self._run, self._metrics = job, run, metrics
         self._began = time.monotonic()
+        self._recent: deque[float] = deque(maxlen=9)  # seconds of the last updates
         self.progress = Progress(updates=job.run.updates)
+        metrics.configured(
+            updates=job.run.updates,
+            staleness=job.staleness,
+            rewards=[spec.name for spec in job.rewards],
+        )
 
     @property
     def seconds(self) -> float:
@@ -81,7 +90,8 @@ class Records:
         values = [value for group in done.groups for value in group.values]
         reward = math.fsum(values) / len(values) if values else math.nan
         min_spread = self._job.learner.min_spread
-        eta = (self._job.run.updates - done.number) * done.seconds
+        self._recent.append(done.seconds)
+        eta = (self._job.run.updates - done.number) * statistics.median(self._recent)
         self._run.append_metrics(
             done.number,
             reward=reward,
@@ -105,6 +115,8 @@ class Records:
             learner_wait=done.phases.wait, dropped=done.dropped, workers=workers,
             min_spread=min_spread, seconds=done.seconds, eta=eta,
         )  # fmt: skip
+        disk = shutil.disk_usage(self._run.path)
+        self._metrics.disk(free_bytes=disk.free, size_bytes=disk.total)
         progress = self.progress
         progress.update, progress.version = done.number, done.report.policy_version
         progress.reward = reward
