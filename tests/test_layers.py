@@ -21,7 +21,7 @@ ROOMS = {
         *("prompt_template", "row_files", "rows"),
     ],
     "maths": ["grpo", "buffer"],
-    "machines": ["engine", "policy", "scoring", "metrics", "run_directory"],
+    "machines": ["engine", "policy", "scoring", "metric_table", "metrics", "run_directory"],
     "workers": ["rollout_worker", "learner", "learner_spec", "clients"],
     "loop": [
         *("controller", "update", "publisher", "records", "checkpoints"),

@@ -9,7 +9,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from rlpost.errors import JobError
-from rlpost.metrics import METRICS, OUTCOMES, PHASES, SEVERITIES, RunMetrics
+from rlpost.metric_table import METRICS, OUTCOMES, PHASES, SEVERITIES
+from rlpost.metrics import RunMetrics
 from rlpost.reward import STATUSES
 from rlpost.types import Group, Rollout, Score, StepReport, Task, Trajectory
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlpost.metrics import CHECKS, METRICS
+from rlpost.metric_table import CHECKS, METRICS
 
 FOLDER = Path(__file__).parents[2] / "dashboards"
 BOARDS = {
