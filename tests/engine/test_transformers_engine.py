@@ -13,7 +13,7 @@ from rlpost.errors import EngineError
 from tests.conformance.engine_contract import PROMPTS, AdapterContract, FullContract, sample, turns
 from tests.families import FAMILIES, make
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("generate")]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

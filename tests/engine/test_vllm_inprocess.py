@@ -28,7 +28,7 @@ from tests.families import make
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed", allow_module_level=True)
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("vllm")]
 
 # vLLM's hybrid needs torchvision, which the CPU set leaves out: the transformers engine serves it
 FAMILIES = [

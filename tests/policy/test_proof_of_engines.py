@@ -28,7 +28,7 @@ from tests.conformance.engine_contract import (
 )
 from tests.families import FAMILIES, make
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.xdist_group("proof_of_engines")]
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 ENGINES = [
