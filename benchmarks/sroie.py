@@ -56,14 +56,18 @@ async def compare(dev: Path, overrides: list[str], run: Path, *, rows: int) -> d
     from rlpost.config import read_job
     from rlpost.engine.base import BASE_VERSION, Publication
     from rlpost.evaluation import evaluate
-    from rlpost.preparation import read_tasks
+    from rlpost.policy.renderer import Renderer
+    from rlpost.preparation import model_folder, read_tasks
 
     job = read_job(JOB, overrides=overrides)
-    tasks = read_tasks(job, str(dev.resolve()))[:rows]
+    limit = job.rollout.max_reply_tokens or 220
+    renderer = Renderer(model_folder(job), thinking=job.model.thinking)
+    rows_read = read_tasks(job, str(dev.resolve()))[:rows]
+    room = job.model.max_length - limit
+    tasks = [task for task in rows_read if len(renderer.prompt(task.messages)) <= room]
     worker = assembly.build_worker(job)
     client = LocalRollout(worker)
     await client.start()
-    limit = job.rollout.max_reply_tokens or 220
     metrics = assembly.task_metrics(job)
     before = await evaluate(
         [client], tasks, version=BASE_VERSION, max_reply_tokens=limit, metrics=metrics
@@ -84,6 +88,7 @@ async def compare(dev: Path, overrides: list[str], run: Path, *, rows: int) -> d
     ]
     return {
         "rows": len(tasks),
+        "too_long": len(rows_read) - len(tasks),
         "checkpoint": best.name,
         "before": before.summary(),
         "after": after.summary(),
@@ -123,8 +128,11 @@ def card() -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    print(f"\nSROIE dev, {result['rows']} receipts, {result['checkpoint']}, {result['card']}, "
-          f"training {result['training_seconds']} s of {result['run_seconds']} s")  # fmt: skip
+    print(
+        f"\nSROIE dev, {result['rows']} receipts ({result['too_long']} too long),"
+        f" {result['checkpoint']}, {result['card']},"
+        f" training {result['training_seconds']} s of {result['run_seconds']} s"
+    )
     names = [*result["before"]["metrics"], *result["before"]["parts"]]
     for name in names:
         pair = [
